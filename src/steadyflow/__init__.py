@@ -1,0 +1,1 @@
+"""steadyflow: experiments with diffusion models, flows, equilibrium models and neural SDEs."""

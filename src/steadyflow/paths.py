@@ -1,0 +1,226 @@
+"""Gaussian paths x_t = alpha(t) x_0 + sigma(t) eps with t = 0 data, t = 1 noise.
+
+A path is evaluated in float64. All that samplers and denoisers need of it is the pair (alpha, sigma), their time
+derivatives, and the time at a given noise-to-signal ratio sigma / alpha.
+"""
+
+import math
+from abc import ABC, abstractmethod
+
+import torch
+from torch import Tensor
+
+Time = Tensor | float
+
+
+class GaussianPath(ABC):
+    """x_t = alpha(t) x_0 + sigma(t) eps, eps ~ N(0, I), t in [0, 1]; alpha falls, sigma rises.
+
+    Every method takes a float or a tensor of any shape and returns float64 tensors of the same shape on its device.
+    """
+
+    @abstractmethod
+    def __call__(self, t: Time) -> tuple[Tensor, Tensor]:
+        """(alpha, sigma) at time t."""
+
+    @abstractmethod
+    def derivative(self, t: Time) -> tuple[Tensor, Tensor]:
+        """(d alpha / dt, d sigma / dt) at time t."""
+
+    @abstractmethod
+    def time_at(self, ratio: Time) -> Tensor:
+        """The time t at which sigma / alpha = ratio, the inverse of the noise-to-signal ratio.
+
+        Ratios the path never reaches give its nearest end, so an infinite ratio gives t = 1.
+        """
+
+
+def _float64(t: Time) -> Tensor:
+    return torch.as_tensor(t).double()
+
+
+class VariancePreserving(GaussianPath):
+    """The continuous VP diffusion with linear beta(t) = beta_min + (beta_max - beta_min) t.
+
+        alpha = exp(-B(t) / 2),  sigma = sqrt(1 - exp(-B(t))),  B(t) = beta_min t + (beta_max - beta_min) t^2 / 2
+
+    Source: Song et al. 2021 (score SDE), Eq. 32-33.
+
+    Raises:
+        ValueError: unless 0 <= beta_min <= beta_max and beta_max > 0.
+    """
+
+    def __init__(self, beta_min: float = 0.1, beta_max: float = 20.0):
+        if not (0 <= beta_min <= beta_max and beta_max > 0):
+            raise ValueError(f"need 0 <= beta_min <= beta_max, beta_max > 0; got {beta_min} and {beta_max}")
+        self.beta_min, self.beta_max = float(beta_min), float(beta_max)
+
+    def _integral(self, t: Tensor) -> Tensor:
+        return self.beta_min * t + 0.5 * (self.beta_max - self.beta_min) * t * t
+
+    def __call__(self, t: Time) -> tuple[Tensor, Tensor]:
+        b = self._integral(_float64(t))
+        return torch.exp(-b / 2), torch.sqrt(-torch.expm1(-b))
+
+    def derivative(self, t: Time) -> tuple[Tensor, Tensor]:
+        t = _float64(t)
+        alpha, sigma = self(t)
+        beta = self.beta_min + (self.beta_max - self.beta_min) * t
+        return -0.5 * beta * alpha, 0.5 * beta * alpha**2 / sigma
+
+    def time_at(self, ratio: Time) -> Tensor:
+        b = 2 * _log_hypot1(_float64(ratio))  # B = log(1 + ratio^2)
+        slope = self.beta_max - self.beta_min
+        t = 2 * b / (self.beta_min + torch.sqrt(self.beta_min**2 + 2 * slope * b))  # no cancellation at small B
+        return torch.where(b > self._integral(torch.ones_like(b)), 1.0, t.nan_to_num(nan=1.0).clamp(0, 1))
+
+
+class DiscreteVariancePreserving(GaussianPath):
+    """The discrete DDPM schedule, linear betas over `steps` steps, read as a continuous path.
+
+        alpha_bar_i = prod_{j <= i} (1 - beta_j),  t_i = (i + 1) / steps,  i = 0..steps-1,  alpha_bar(0) = 1
+        log alpha_bar(t) linear between the t_i,  alpha = sqrt(alpha_bar),  sigma = sqrt(1 - alpha_bar)
+
+    so index i of a DDPM checkpoint stands at t = (i + 1) / steps, and every other time interpolates log alpha_bar.
+    Source: Ho et al. 2020 (DDPM), Eq. 4.
+    """
+
+    def __init__(self, beta_start: float = 1e-4, beta_end: float = 0.02, steps: int = 1000):
+        if not (0 < beta_start <= beta_end < 1 and steps >= 1):
+            raise ValueError(f"need 0 < beta_start <= beta_end < 1, steps >= 1; got {beta_start}, {beta_end}, {steps}")
+        self.beta_start, self.beta_end, self.steps = float(beta_start), float(beta_end), int(steps)
+        betas = torch.linspace(self.beta_start, self.beta_end, self.steps, dtype=torch.float64)
+        self._log = torch.cat([torch.zeros(1, dtype=torch.float64), torch.log1p(-betas).cumsum(0)])  # log alpha_bar
+
+    def _knot(self, t: Tensor) -> tuple[Tensor, Tensor]:
+        """log alpha_bar(t) and its slope in t."""
+        table = self._log.to(t.device)
+        i = (t * self.steps).floor().long().clamp(0, self.steps - 1)
+        slope = table[i + 1] - table[i]
+        return table[i] + slope * (t * self.steps - i), slope * self.steps
+
+    def __call__(self, t: Time) -> tuple[Tensor, Tensor]:
+        log, _ = self._knot(_float64(t))
+        return torch.exp(log / 2), torch.sqrt(-torch.expm1(log))
+
+    def derivative(self, t: Time) -> tuple[Tensor, Tensor]:
+        log, slope = self._knot(_float64(t))
+        alpha, sigma = torch.exp(log / 2), torch.sqrt(-torch.expm1(log))
+        return 0.5 * slope * alpha, -0.5 * slope * alpha**2 / sigma
+
+    def time_at(self, ratio: Time) -> Tensor:
+        log = -2 * _log_hypot1(_float64(ratio))
+        table = self._log.to(log.device)
+        log = log.clamp(min=table[-1].item())
+        i = (torch.searchsorted(-table, -log.contiguous()) - 1).clamp(0, self.steps - 1)
+        return (i + (log - table[i]) / (table[i + 1] - table[i])) / self.steps
+
+
+class Cosine(GaussianPath):
+    """The variance-preserving cosine path, alpha = cos(theta), sigma = sin(theta), theta linear in t.
+
+        theta(t) = pi / 2 (t + s) / (1 + s) - pi / 2 s / (1 + s),  scaled so that theta(1) = t_max pi / 2
+
+    With the offset removed alpha(0) = 1 exactly; the ratio sigma / alpha = tan(theta) stays finite as t_max < 1.
+    Source: Nichol & Dhariwal 2021, Eq. 17 (with s = 0); Salimans & Ho 2022 for the continuous form.
+    """
+
+    def __init__(self, t_max: float = 0.999):
+        if not 0 < t_max < 1:
+            raise ValueError(f"need 0 < t_max < 1, got {t_max}")
+        self.angle = 0.5 * math.pi * t_max
+
+    def __call__(self, t: Time) -> tuple[Tensor, Tensor]:
+        theta = self.angle * _float64(t)
+        return torch.cos(theta), torch.sin(theta)
+
+    def derivative(self, t: Time) -> tuple[Tensor, Tensor]:
+        theta = self.angle * _float64(t)
+        return -self.angle * torch.sin(theta), self.angle * torch.cos(theta)
+
+    def time_at(self, ratio: Time) -> Tensor:
+        return (torch.atan(_float64(ratio)) / self.angle).clamp(0, 1)
+
+
+class VarianceExploding(GaussianPath):
+    """The geometric VE diffusion: alpha = 1, sigma = sigma_min (sigma_max / sigma_min)^t.
+
+    At t = 0 the noise is sigma_min, not 0. Source: Song et al. 2021 (score SDE), Eq. 30-31.
+    """
+
+    def __init__(self, sigma_min: float = 0.01, sigma_max: float = 50.0):
+        if not 0 < sigma_min < sigma_max:
+            raise ValueError(f"need 0 < sigma_min < sigma_max, got {sigma_min} and {sigma_max}")
+        self.sigma_min, self.sigma_max = float(sigma_min), float(sigma_max)
+        self._rate = math.log(self.sigma_max / self.sigma_min)
+
+    def __call__(self, t: Time) -> tuple[Tensor, Tensor]:
+        t = _float64(t)
+        return torch.ones_like(t), self.sigma_min * torch.exp(self._rate * t)
+
+    def derivative(self, t: Time) -> tuple[Tensor, Tensor]:
+        t = _float64(t)
+        return torch.zeros_like(t), self._rate * self(t)[1]
+
+    def time_at(self, ratio: Time) -> Tensor:
+        return (torch.log(_float64(ratio) / self.sigma_min) / self._rate).clamp(0, 1)
+
+
+class EDM(GaussianPath):
+    """The straight variance-exploding path of EDM: alpha = 1, sigma = sigma_max t (so EDM's own time is sigma).
+
+    Source: Karras et al. 2022, Section 3 (sigma(t) = t, s(t) = 1), rescaled to t in [0, 1].
+    """
+
+    def __init__(self, sigma_max: float = 80.0):
+        if not sigma_max > 0:
+            raise ValueError(f"need sigma_max > 0, got {sigma_max}")
+        self.sigma_max = float(sigma_max)
+
+    def __call__(self, t: Time) -> tuple[Tensor, Tensor]:
+        t = _float64(t)
+        return torch.ones_like(t), self.sigma_max * t
+
+    def derivative(self, t: Time) -> tuple[Tensor, Tensor]:
+        t = _float64(t)
+        return torch.zeros_like(t), torch.full_like(t, self.sigma_max)
+
+    def time_at(self, ratio: Time) -> Tensor:
+        return (_float64(ratio) / self.sigma_max).clamp(0, 1)
+
+
+class ConditionalOT(GaussianPath):
+    """The conditional optimal-transport path of flow matching: alpha = 1 - t, sigma = t.
+
+    The ratio sigma / alpha is infinite at t = 1, where alpha = 0.
+    Source: Lipman et al. 2023, Eq. 20-22 (their time runs the other way), with sigma_min = 0.
+    """
+
+    def __call__(self, t: Time) -> tuple[Tensor, Tensor]:
+        t = _float64(t)
+        return 1 - t, t.clone()
+
+    def derivative(self, t: Time) -> tuple[Tensor, Tensor]:
+        t = _float64(t)
+        return -torch.ones_like(t), torch.ones_like(t)
+
+    def time_at(self, ratio: Time) -> Tensor:
+        ratio = _float64(ratio)
+        return torch.where(ratio > 1, 1 / (1 + 1 / ratio), ratio / (1 + ratio)).nan_to_num(nan=1.0)
+
+
+def _log_hypot1(r: Tensor) -> Tensor:
+    """log sqrt(1 + r^2) without overflow or cancellation."""
+    small = 0.5 * torch.log1p(r.clamp(max=1.0) ** 2)
+    large = torch.log(r.clamp(min=1.0)) + 0.5 * torch.log1p(r.clamp(min=1.0) ** -2)
+    return torch.where(r > 1, large, small)
+
+
+def expand(coefficient: Tensor, x: Tensor) -> Tensor:
+    """A coefficient () or (B,) made to multiply x (B, *S): cast to x's dtype and device, with trailing axes of 1.
+
+    Scalars stay where they are: a 0-dim CPU tensor multiplies a CUDA tensor without a copy.
+    """
+    if coefficient.ndim == 0:
+        return coefficient.to(x.dtype)
+    return coefficient.to(x.device, x.dtype).reshape(-1, *[1] * (x.ndim - 1))
