@@ -1,0 +1,5 @@
+"""Networks: plain modules called as network(x (B, *S), t (B,), label (B,) or None) -> (B, *S)."""
+
+from steadyflow.networks.unet import UNet
+
+__all__ = ["UNet"]

@@ -1,0 +1,103 @@
+"""What a network is conditioned on: the time, and optionally a class label with a null row."""
+
+import math
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+
+class SinusoidalTime(nn.Module):
+    """Sinusoidal features of s t over geometric frequencies 1 .. 1 / 10000.
+
+        w_k = 10000^(-k / (dim / 2 - 1)),  k = 0 .. dim / 2 - 1,  features = (sin(w s t), cos(w s t))
+
+    Source: Vaswani et al. 2017, Section 3.5, with the frequencies of Ho et al. 2020. With s = 1000 a path time t in
+    [0, 1] covers the range of DDPM's integer steps.
+
+    Args:
+        dim: number of features, even.
+        scale: s.
+    """
+
+    def __init__(self, dim: int, scale: float = 1000.0):
+        super().__init__()
+        if dim < 4 or dim % 2:
+            raise ValueError(
+                f"sinusoidal time features need an even dimension of at least 4, got {dim}"
+            )
+        self.half, self.scale = dim // 2, float(scale)
+
+    def forward(self, t: Tensor) -> Tensor:
+        """(B,) -> (B, dim), in float32 at least: not a buffer, which `network.bfloat16()` would round."""
+        t = t if t.dtype == torch.float64 else t.float()
+        k = torch.arange(self.half, dtype=t.dtype, device=t.device)
+        angle = t[:, None] * (
+            self.scale * torch.exp(k * (-math.log(10000) / (self.half - 1)))
+        )
+        return torch.cat([angle.sin(), angle.cos()], dim=1)
+
+
+class Conditioning(nn.Module):
+    """The vector that modulates every block: an MLP of the time plus a row of the class table.
+
+        c(t, label) = W_2 silu(W_1 features(t) + b_1) + b_2 + table[label]
+
+    The table has num_classes + 1 rows. The last is the null label, taken where no label is given, so that one network
+    serves the conditional and the unconditional model (Ho & Salimans 2022).
+
+    Args:
+        features: module (B,) -> (B, feature_dim) of the time.
+        feature_dim, dim: sizes of the features and of the vector.
+        num_classes: 0 for a network without labels.
+    """
+
+    def __init__(
+        self, features: nn.Module, feature_dim: int, dim: int, num_classes: int = 0
+    ):
+        super().__init__()
+        if num_classes < 0:
+            raise ValueError(f"need num_classes >= 0, got {num_classes}")
+        self.features, self.num_classes = features, num_classes
+        self.first, self.second = nn.Linear(feature_dim, dim), nn.Linear(dim, dim)
+        self.table = nn.Embedding(num_classes + 1, dim) if num_classes else None
+
+    def forward(self, t: Tensor, label: Tensor | None = None) -> Tensor:
+        """t (B,), label (B,) integers in 0..num_classes or None -> (B, dim).
+
+        Raises:
+            ValueError: if t is not (B,), or the label has another shape or type, is out of range (looked at on the CPU
+                only: on a GPU that would wait for the device), or is given to a network without classes.
+        """
+        if t.ndim != 1:
+            raise ValueError(
+                f"the network's time must have shape (B,), got {tuple(t.shape)}"
+            )
+        dtype = self.first.weight.dtype
+        out = self.second(functional.silu(self.first(self.features(t).to(dtype))))
+        if self.table is None:
+            if label is not None:
+                raise ValueError(
+                    "a label was given to a network without classes: build it with num_classes > 0"
+                )
+            return out
+        if label is None:
+            return out + self.table.weight[-1].to(out.dtype)
+        self._check(label, len(t))
+        return out + self.table(label).to(out.dtype)
+
+    def _check(self, label: Tensor, batch: int) -> None:
+        if (
+            label.shape != (batch,)
+            or label.dtype.is_floating_point
+            or label.dtype == torch.bool
+        ):
+            found = f"{tuple(label.shape)} {str(label.dtype).removeprefix('torch.')}"
+            raise ValueError(f"label must be integers of shape ({batch},), got {found}")
+        if label.device.type == "cpu" and not torch.compiler.is_compiling() and batch:
+            low, high = (int(v) for v in label.aminmax())
+            if low < 0 or high > self.num_classes:
+                raise ValueError(
+                    f"label {low if low < 0 else high} is out of range: classes are 0..{self.num_classes - 1}, "
+                    f"the null label is {self.num_classes}"
+                )

@@ -1,0 +1,226 @@
+"""The convolutional U-Net of DDPM and ADM."""
+
+from collections.abc import Sequence
+from typing import cast
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+from torch.utils.checkpoint import checkpoint
+
+from steadyflow.networks.blocks import (
+    GroupNorm,
+    ResBlock,
+    Resample,
+    SelfAttention,
+    zero,
+)
+from steadyflow.networks.conditioning import Conditioning, SinusoidalTime
+
+
+class Stage(nn.Module):
+    """One step of the U-Net: a residual block with or without attention after it, or a plain change of resolution."""
+
+    def __init__(
+        self, block: ResBlock | Resample, attention: SelfAttention | None = None
+    ):
+        super().__init__()
+        self.block, self.attention = block, attention
+
+    def forward(self, x: Tensor, c: Tensor) -> Tensor:
+        x = self.block(x, c) if isinstance(self.block, ResBlock) else self.block(x)
+        return x if self.attention is None else self.attention(x)
+
+
+class UNet(nn.Module):
+    """U-Net in the DDPM / ADM family: network(x (B, C, H, W), t (B,), label (B,) or None) -> (B, C or 2C, H, W).
+
+        down:    per level num_res_blocks residual blocks, then halve (not after the last level)
+        middle:  block, attention, block
+        up:      per level num_res_blocks + 1 blocks, each on [h, the down path's output], then double
+
+    The head begins at zero, so a new network returns exactly 0. The defaults are the 35.7M CIFAR-10 network of Ho et
+    al. 2020 (Appendix B); heads, scale-shift norm, resampling blocks and learned sigma follow Dhariwal & Nichol 2021.
+
+    Args:
+        in_channels: C.
+        model_channels: width of the first level.
+        channel_mult: widths of the levels, as multiples of model_channels; each further level halves the resolution.
+        num_res_blocks: residual blocks per level.
+        attention_resolutions: heights at which each block is followed by attention (the middle always has it).
+        image_size: height the attention resolutions refer to. Other sizes run too, where they divide.
+        num_heads: attention heads; or head_channels: channels per head, in which case num_heads is left at 1.
+        dropout: inside the residual blocks.
+        num_classes: 0 without labels; else label num_classes is the null label, and label None means it.
+        learned_sigma: the output has 2C channels, the second half being the variance of Nichol & Dhariwal 2021.
+        scale_shift_norm: condition by scale and shift after the norm, in place of addition before it.
+        resblock_updown: change resolution inside a residual block, in place of a convolution.
+        patch_size: p x p pixels become channels before the first level and pixels again after the head: the whole
+            network runs at 1/p of the resolution, and the attention resolutions count there.
+        time_scale: s of the sinusoidal features of s t.
+        checkpoint_activations: recompute each stage in the backward pass (less memory, one more forward).
+
+    Raises:
+        ValueError: sizes that do not divide, heads that do not divide, a resolution the network never has; in the
+            call, x with other channels, with a height or width that does not divide, or a wrong label.
+    """
+
+    def __init__(
+        self,
+        in_channels: int = 3,
+        model_channels: int = 128,
+        channel_mult: Sequence[int] = (1, 2, 2, 2),
+        num_res_blocks: int = 2,
+        attention_resolutions: Sequence[int] = (16,),
+        image_size: int = 32,
+        num_heads: int = 1,
+        head_channels: int | None = None,
+        dropout: float = 0.0,
+        num_classes: int = 0,
+        learned_sigma: bool = False,
+        scale_shift_norm: bool = False,
+        resblock_updown: bool = False,
+        patch_size: int = 1,
+        time_scale: float = 1000.0,
+        checkpoint_activations: bool = False,
+    ):
+        super().__init__()
+        self.in_channels, self.num_classes, self.patch_size = (
+            in_channels,
+            num_classes,
+            patch_size,
+        )
+        self.checkpoint_activations = checkpoint_activations
+        self.divisor = patch_size * 2 ** (len(channel_mult) - 1)
+        if image_size % self.divisor:
+            raise ValueError(
+                f"image_size {image_size} is not a multiple of {self.divisor}, which {self._why()}"
+            )
+        resolutions = [
+            image_size // patch_size // 2**level for level in range(len(channel_mult))
+        ]
+        if absent := sorted(set(attention_resolutions) - set(resolutions)):
+            raise ValueError(
+                f"no level has the attention resolution {absent[0]}: the levels are at {resolutions}"
+            )
+        if head_channels is not None and num_heads != 1:
+            raise ValueError(
+                f"give num_heads or head_channels, not both: got {num_heads} and {head_channels}"
+            )
+
+        width = 4 * model_channels
+        features = SinusoidalTime(model_channels, time_scale)
+        self.conditioning = Conditioning(features, model_channels, width, num_classes)
+        outer = in_channels * patch_size**2
+
+        def attention(channels: int) -> SelfAttention:
+            if head_channels is None:
+                return SelfAttention(channels, num_heads)
+            if channels % head_channels:
+                raise ValueError(
+                    f"head_channels {head_channels} does not divide {channels} channels"
+                )
+            return SelfAttention(channels, channels // head_channels)
+
+        def block(
+            channels: int, out_channels: int, direction: str | None = None
+        ) -> ResBlock:
+            return ResBlock(
+                channels, out_channels, width, dropout, scale_shift_norm, direction
+            )
+
+        def resample(channels: int, direction: str) -> Stage:
+            plain = Resample(channels, direction, conv=True)
+            return Stage(
+                block(channels, channels, direction) if resblock_updown else plain
+            )
+
+        self.stem = nn.Conv2d(outer, model_channels, 3, padding=1)
+        self.down, self.up = nn.ModuleList(), nn.ModuleList()
+        channels, skips = model_channels, [model_channels]
+        for level, (mult, resolution) in enumerate(
+            zip(channel_mult, resolutions, strict=True)
+        ):
+            for _ in range(num_res_blocks):
+                after = (
+                    attention(mult * model_channels)
+                    if resolution in attention_resolutions
+                    else None
+                )
+                self.down.append(Stage(block(channels, mult * model_channels), after))
+                channels = mult * model_channels
+                skips.append(channels)
+            if level < len(channel_mult) - 1:
+                self.down.append(resample(channels, "down"))
+                skips.append(channels)
+        self.middle = nn.ModuleList(
+            [
+                Stage(block(channels, channels), attention(channels)),
+                Stage(block(channels, channels)),
+            ]
+        )
+        self.joins: list[
+            bool
+        ] = []  # for each stage of the way up: does it take an output of the way down?
+        for level in reversed(range(len(channel_mult))):
+            for _ in range(num_res_blocks + 1):
+                out = channel_mult[level] * model_channels
+                after = (
+                    attention(out)
+                    if resolutions[level] in attention_resolutions
+                    else None
+                )
+                self.up.append(Stage(block(channels + skips.pop(), out), after))
+                self.joins.append(True)
+                channels = out
+            if level:
+                self.up.append(resample(channels, "up"))
+                self.joins.append(False)
+        self.norm = GroupNorm(channels)
+        self.head = zero(
+            nn.Conv2d(channels, outer * (2 if learned_sigma else 1), 3, padding=1)
+        )
+
+    def forward(self, x: Tensor, t: Tensor, label: Tensor | None = None) -> Tensor:
+        self._check(x, t)
+        c = functional.silu(self.conditioning(t, label))
+        h = self.stem(
+            x
+            if self.patch_size == 1
+            else functional.pixel_unshuffle(x, self.patch_size)
+        )
+        skips = [h]
+        for stage in self.down:
+            h = self._run(stage, h, c)
+            skips.append(h)
+        for stage in self.middle:
+            h = self._run(stage, h, c)
+        for stage, joins in zip(self.up, self.joins, strict=True):
+            h = self._run(stage, torch.cat([h, skips.pop()], dim=1) if joins else h, c)
+        h = self.head(functional.silu(self.norm(h)))
+        return (
+            h if self.patch_size == 1 else functional.pixel_shuffle(h, self.patch_size)
+        )
+
+    def _run(self, stage: nn.Module, h: Tensor, c: Tensor) -> Tensor:
+        if self.checkpoint_activations and torch.is_grad_enabled():
+            return cast(Tensor, checkpoint(stage, h, c, use_reentrant=False))
+        return cast(Tensor, stage(h, c))
+
+    def _check(self, x: Tensor, t: Tensor) -> None:
+        if x.ndim != 4 or x.shape[1] != self.in_channels:
+            raise ValueError(
+                f"the U-Net takes images (B, {self.in_channels}, H, W), got shape {tuple(x.shape)}"
+            )
+        if x.shape[2] % self.divisor or x.shape[3] % self.divisor:
+            size = f"{x.shape[2]} x {x.shape[3]}"
+            raise ValueError(
+                f"images of {size} do not divide by {self.divisor}, which {self._why()}"
+            )
+        if t.shape != (len(x),):
+            raise ValueError(
+                f"the network's time must have shape ({len(x)},), got {tuple(t.shape)}"
+            )
+
+    def _why(self) -> str:
+        return "the number of levels and the patch size ask for"
