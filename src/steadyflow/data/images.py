@@ -1,0 +1,96 @@
+"""uint8 images and the float images networks see, and image sets that fit in memory."""
+
+import hashlib
+from collections.abc import Sequence
+from functools import cached_property
+
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset
+
+SPLITS = ("train", "test")
+
+
+def from_uint8(images: Tensor) -> Tensor:
+    """x = u / 127.5 - 1: uint8 of any shape to float32 in [-1, 1]."""
+    return images.to(torch.float32) / 127.5 - 1
+
+
+def to_uint8(x: Tensor) -> Tensor:
+    """u = round((clamp(x, -1, 1) + 1) 127.5): floats of any shape to uint8, computed in at least float32."""
+    x = x if x.dtype == torch.float64 else x.to(torch.float32)
+    return ((x.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
+
+
+def check_split(split: str) -> str:
+    """`split` itself, or a ValueError that names the two there are."""
+    if split not in SPLITS:
+        raise ValueError(f"split must be one of {', '.join(SPLITS)}; got {split!r}")
+    return split
+
+
+def content_hash(*arrays: Tensor) -> str:
+    """sha256 over the dtype, shape and bytes of each array, in order: the fingerprint of a set in memory."""
+    digest = hashlib.sha256()
+    for array in arrays:
+        digest.update(f"{array.dtype} {tuple(array.shape)}\n".encode())
+        digest.update(array.contiguous().numpy().data)
+    return digest.hexdigest()
+
+
+class InMemoryImages(Dataset[tuple[Tensor, int]]):
+    """Images held as uint8. Item i is (x (C, H, W) float32 in [-1, 1], label).
+
+    Args:
+        name: of the set, as in its config.
+        split: train or test.
+        images: (N, C, H, W) uint8.
+        labels: (N,) class indices; None for an unlabelled set, whose items carry label 0.
+        num_classes: 0 for an unlabelled set.
+
+    Attributes: `name`, `split`, `images`, `labels` (int64), `num_classes`, `shape` = (C, H, W), and `fingerprint`, the
+    sha256 of images and labels.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        split: str,
+        images: Tensor,
+        labels: Tensor | None = None,
+        num_classes: int = 0,
+    ):
+        self.name, self.split, self.images, self.num_classes = (
+            name,
+            check_split(split),
+            images,
+            num_classes,
+        )
+        self.labels = torch.zeros(len(images), dtype=torch.int64) if labels is None else labels.to(torch.int64)
+        self.shape = tuple(images.shape[1:])
+        if images.dtype != torch.uint8 or images.ndim != 4 or len(self.labels) != len(images):
+            raise ValueError(
+                f"{name}: need uint8 images (N, C, H, W) and N labels; got {images.dtype} {tuple(images.shape)} and "
+                f"{len(self.labels)} labels"
+            )
+
+    @cached_property
+    def fingerprint(self) -> str:
+        return content_hash(self.images, self.labels)
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, int]:
+        return from_uint8(self.images[index]), int(self.labels[index])
+
+    def __getitems__(self, indices: Sequence[int]) -> list[tuple[Tensor, int]]:
+        """The items of a batch, converted in one go (the data loader calls this where it exists)."""
+        at = torch.as_tensor(indices)
+        return list(
+            zip(
+                from_uint8(self.images[at]).unbind(),
+                self.labels[at].tolist(),
+                strict=True,
+            )
+        )
