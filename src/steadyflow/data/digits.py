@@ -2,7 +2,7 @@
 
 import numpy as np
 import torch
-from sklearn.datasets import load_digits  # type: ignore[import-untyped]
+from sklearn.datasets import load_digits
 
 from steadyflow.data.images import InMemoryImages, check_split
 

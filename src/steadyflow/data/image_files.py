@@ -1,0 +1,183 @@
+"""Images on disk - a run's samples, a folder, a zip, an npz - streamed in batches."""
+
+import os
+import zipfile
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import IO, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from steadyflow.data.archive import ImageArchive
+
+Reader = Callable[[np.ndarray], np.ndarray]  # rows (n,) of a part to images (n, H, W, C) uint8
+
+
+def open_images(path: str | os.PathLike[str]) -> "ImageFiles":
+    """The images at a path, none of them read into memory yet.
+
+    Args:
+        path: the directory of a run (its `samples/` is read) or of its shards: npz files with arrays `images` uint8
+            (n, H, W, C) and `index` int64 (n,), or zips of png; one such npz, or one whose images are called `arr_0`
+            (the batches of Dhariwal & Nichol 2021); a folder or a zip of images, searched recursively.
+
+    Raises:
+        FileNotFoundError: nothing there, or no image in it.
+        ValueError: images of different sizes, more than 8 bits a channel, damaged files, one index twice; by name.
+    """
+    path = Path(path).expanduser()
+    if not path.exists():
+        raise FileNotFoundError(f"{path} does not exist; expected a run's directory, an npz, a folder or zip of images")
+    if path.is_file():
+        return ImageFiles([NpzPart(path) if path.suffix == ".npz" else ArchivePart(path)])
+    if (path / "samples").is_dir():
+        path = path / "samples"
+    npz, zips = sorted(path.glob("*.npz")), sorted(path.glob("*.zip"))
+    if npz and zips:
+        raise ValueError(f"{path} holds npz and zip files ({npz[0].name}, {zips[0].name}); give one of them")
+    if npz:
+        return ImageFiles([NpzPart(file) for file in npz])
+    return ImageFiles([ArchivePart(file) for file in zips or [path]])
+
+
+class ImageFiles:
+    """Images of one size on disk, in the order of their files.
+
+    Attributes: `index` (N,) int64, each image's own number; `shape` (C, H, W).
+    """
+
+    def __init__(self, parts: "Sequence[Part]"):
+        self.index = np.concatenate([part.index for part in parts])
+        self.parts = [part for part in parts if len(part.index)]
+        if not self.parts:
+            raise FileNotFoundError(f"{parts[0].where} holds no image")
+        first = self.parts[0]
+        for part in self.parts:
+            if part.size != first.size:
+                raise ValueError(_sizes(first.where, first.size, part.where, part.size))
+        values, counts = np.unique(self.index, return_counts=True)
+        if len(values) < len(self.index):
+            twice = values[counts.argmax()]
+            files = [part.where for part in self.parts if twice in part.index]
+            raise ValueError(f"image {twice} is there twice, in {files[0]} and {files[-1]}; remove one of them")
+        self.channels = max(part.channels for part in self.parts)
+        self.shape = (self.channels, *first.size)
+
+    def __len__(self) -> int:
+        return len(self.index)
+
+    def batches(self, batch_size: int, ranks: tuple[int, int] = (0, 1)) -> Iterator[tuple[Tensor, Tensor]]:
+        """Yields (index (B,) int64, images (B, C, H, W) uint8), B = batch_size but for the last.
+
+        Args:
+            batch_size: >= 1.
+            ranks: (rank, world): every world-th image from the rank-th on, so that the ranks share the images out.
+        """
+        rank, world = ranks
+        if batch_size < 1 or not 0 <= rank < world:
+            raise ValueError(f"need batch_size >= 1 and 0 <= rank < world, got {batch_size} and {ranks}")
+        index, images, first = np.empty(0, np.int64), np.empty((0, *self.shape[1:], self.channels), np.uint8), 0
+        for part in self.parts:
+            rows = np.arange((rank - first) % world, len(part.index), world)
+            first += len(part.index)
+            read = part.reader(self.channels)
+            for start in range(0, len(rows), batch_size):
+                chunk = rows[start : start + batch_size]
+                index = np.concatenate([index, part.index[chunk]])
+                images = np.concatenate([images, read(chunk)])
+                if len(index) >= batch_size:
+                    yield _tensors(index[:batch_size], images[:batch_size])
+                    index, images = index[batch_size:], images[batch_size:]
+        if len(index):
+            yield _tensors(index, images)
+
+
+class Part(Protocol):
+    """One file or folder of images: its name for messages, its images' numbers, size (H, W) and channels."""
+
+    where: str
+    index: np.ndarray
+    size: tuple[int, int]
+    channels: int
+
+    def reader(self, channels: int) -> Reader: ...
+
+
+class NpzPart:
+    """An npz of images. Opening it reads the header and the index; a reader loads it whole."""
+
+    def __init__(self, path: Path):
+        self.where = str(path)
+        try:
+            with zipfile.ZipFile(path) as file, np.load(path) as arrays:
+                self.key = next((key for key in ("images", "arr_0") if key in arrays.files), "")
+                if not self.key:
+                    raise ValueError(f"it has the arrays {', '.join(arrays.files)} and no `images`")
+                with file.open(f"{self.key}.npy") as member:
+                    shape, dtype = _npy_header(member)
+                if dtype != np.uint8 or len(shape) != 4 or shape[3] not in (1, 3):
+                    raise ValueError(f"`{self.key}` is {dtype} {shape}")
+                self.index = arrays["index"] if "index" in arrays.files else np.arange(shape[0])
+                if self.index.shape != shape[:1] or self.index.dtype != np.int64:
+                    raise ValueError(f"`index` is {self.index.dtype} {self.index.shape} for {shape[0]} images")
+        except (ValueError, OSError, EOFError, zipfile.BadZipFile) as error:
+            raise ValueError(
+                f"{path} cannot be read as images: {error}; expected an npz of `images` uint8 (n, H, W, 1 or 3) and "
+                "`index` int64 (n,)"
+            ) from None
+        self.size, self.channels = (shape[1], shape[2]), shape[3]
+
+    def reader(self, channels: int) -> Reader:
+        if channels != self.channels:
+            raise ValueError(f"{self.where} holds grey images and other shards of it colour images")
+        try:
+            with np.load(self.where) as arrays:
+                return arrays[self.key].__getitem__
+        except (ValueError, OSError, EOFError, zipfile.BadZipFile) as error:
+            raise ValueError(f"{self.where} is damaged ({error}); remove it and make its images again") from None
+
+
+class ArchivePart:
+    """A folder or zip of images. Opening it reads the header of every image; pixels are read as they are asked for.
+
+    Images are numbered by their names where each is a whole number and none occurs twice (00000007.png is image 7),
+    else by their place in the sorted list of names. They are read as RGB unless all are grey.
+    """
+
+    def __init__(self, path: Path):
+        self.where = str(path)
+        self.files = ImageArchive(path)
+        headers = [self.files.header(i) for i in range(len(self.files))]
+        self.size = headers[0][1:]
+        for i, (_, *size) in enumerate(headers):
+            if tuple(size) != self.size:
+                raise ValueError(_sizes(self.files.where(0), self.size, self.files.where(i), (size[0], size[1])))
+        self.channels = max(channels for channels, _, _ in headers)
+        stems = [name.rsplit("/", 1)[-1].rsplit(".", 1)[0] for name in self.files.names]
+        numbers = {int(stem) for stem in stems if stem.isascii() and stem.isdigit()}
+        numbered = len(numbers) == len(stems)
+        self.index = np.array([int(stem) for stem in stems] if numbered else range(len(stems)), np.int64)
+
+    def reader(self, channels: int) -> Reader:
+        return lambda rows: np.stack([self.files.pixels(int(i), channels) for i in rows])
+
+
+def _npy_header(file: IO[bytes]) -> tuple[tuple[int, ...], np.dtype]:
+    """Shape and dtype of an npy file without its data."""
+    version = np.lib.format.read_magic(file)
+    read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
+    shape, _, dtype = read(file)
+    return shape, dtype
+
+
+def _tensors(index: np.ndarray, images: np.ndarray) -> tuple[Tensor, Tensor]:
+    return torch.from_numpy(index.copy()), torch.from_numpy(images.transpose(0, 3, 1, 2).copy())
+
+
+def _sizes(first: str, size: tuple[int, int], second: str, other: tuple[int, int]) -> str:
+    return (
+        f"images of different sizes: {first} is {size[1]}x{size[0]} and {second} {other[1]}x{other[0]}; "
+        "bring them to one size first"
+    )
