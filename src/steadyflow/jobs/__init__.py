@@ -1,0 +1,1 @@
+"""The jobs of the command line: `steadyflow JOB` imports steadyflow.jobs.JOB and calls its run(config)."""

@@ -1,0 +1,213 @@
+"""A job through Hydra: compose, run, and say in one line what the user can put right."""
+
+import argparse
+import json
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+import traceback
+from dataclasses import dataclass, field
+from importlib import import_module
+from pathlib import Path
+from typing import Any, NoReturn
+from unittest.mock import patch
+
+from hydra import version as hydra_version
+from hydra._internal import utils as hydra_utils
+from hydra.conf import HydraConf
+from hydra.core.hydra_config import HydraConfig
+from hydra.core.utils import JobReturn
+from hydra.types import RunMode
+from omegaconf import DictConfig
+
+from steadyflow.mistakes import Mistake, did_you_mean, explain, explain_composition
+
+RESULT = "STEADYFLOW_RESULT"  # set for a cell that runs in a process of its own: the file its outcome is written to
+
+
+class Crash(Exception):
+    """A bug in one run of a sweep. Holds its traceback as text: exceptions lose theirs on the way between processes."""
+
+
+def config_dir() -> Path:
+    """The folder of configs: inside the installed package, or at the top of the checkout."""
+    package = Path(__file__).parent
+    return next(d for d in (package / "configs", package.parents[1] / "configs") if d.is_dir())
+
+
+@dataclass
+class Task:
+    """What Hydra runs, here or in a launcher's worker: steadyflow.jobs.JOB.run(config).
+
+    Args:
+        job: the job's name.
+        flags: the command line's own config sources (--config-dir ...), which a run in its own process repeats.
+    """
+
+    job: str
+    flags: tuple[str, ...] = ()
+    value: Any = field(default=None, init=False)  # of the latest run in this process
+    error: Exception | None = field(default=None, init=False)
+
+    def __post_init__(self) -> None:
+        self.__module__ = f"steadyflow.jobs.{self.job}"  # Hydra names the run and its log after the last part
+
+    def __call__(self, config: DictConfig) -> Any:
+        hydra = HydraConfig.get()
+        if hydra.runtime.cwd not in sys.path:
+            sys.path.append(hydra.runtime.cwd)  # `_target_` may name the user's own modules
+        sweep = hydra.mode == RunMode.MULTIRUN
+        try:
+            if sweep and _starts_processes(config):
+                self.value = self._in_own_process(hydra)
+            else:
+                result = import_module(f"steadyflow.jobs.{self.job}").run(config)
+                self.value = _objective(result, config.get("objective"))
+            return self.value
+        except SystemExit as stop:
+            if isinstance(stop.__context__, KeyboardInterrupt):  # Lightning exits 1 after a graceful shutdown
+                raise KeyboardInterrupt from None
+            raise
+        except Exception as error:
+            if not sweep:
+                self.error = error
+                raise
+            cell = " ".join(hydra.overrides.task)
+            if message := explain(error):
+                raise Mistake(f"{message} (in the run {cell})") from error
+            raise Crash(f"{''.join(traceback.format_exception(error))}in the run {cell}") from error
+
+    def _in_own_process(self, hydra: HydraConf) -> Any:
+        """This run of a sweep as a command of its own.
+
+        Lightning's DDP starts its other processes by repeating the command line, which here would repeat the sweep.
+        """
+        skipped = ("hydra.mode", "hydra.run", "hydra.sweep", "hydra.launcher", "hydra/launcher", "hydra/sweeper")
+        directory = str(hydra.runtime.output_dir).replace("\\", "\\\\").replace('"', '\\"')
+        overrides = [
+            *hydra.overrides.task,
+            *(o for o in hydra.overrides.hydra if not o.lstrip("+~").startswith(skipped)),
+            "hydra.mode=RUN",
+            f'hydra.run.dir="{directory}"',
+            f"hydra.job.num={hydra.job.num}",
+            f"hydra.job.id='{hydra.job.id}'",
+        ]
+        with tempfile.TemporaryDirectory() as folder:
+            outcome = Path(folder) / "outcome.json"
+            command = [sys.executable, "-m", "steadyflow", self.job, *self.flags, *overrides]
+            process = subprocess.Popen(command, env=os.environ | {RESULT: str(outcome)}, cwd=hydra.runtime.cwd)
+            try:
+                code = process.wait()
+            except KeyboardInterrupt:
+                _end(process)
+                raise
+            if code == 130:
+                raise KeyboardInterrupt
+            told = json.loads(outcome.read_text()) if outcome.is_file() else {}
+        if "mistake" in told:
+            raise Mistake(told["mistake"])
+        if code != 0 or "value" not in told:
+            raise Crash(f"The process ended with exit code {code}; what it said stands above.")
+        return told["value"]
+
+
+def launch(job: str, argv: list[str]) -> int:
+    """Run JOB with Hydra's flags and overrides.
+
+    Returns:
+        The exit code: 0; 2 after one line on stderr; 1 for a bug in a sweep. A bug in a single run is raised.
+    """
+    result_file = os.environ.pop(RESULT, None)  # not for the processes that DDP starts
+    task, overrides, sources = Task(job), [], {}
+    try:
+        hydra_version.setbase("1.3")
+        arguments = _parse(argv)
+        sources = {"--config-dir": arguments.config_dir, "--config-name": arguments.config_name}
+        task.flags = tuple(word for flag, value in sources.items() if value for word in (flag, value))
+        overrides = list(arguments.overrides)
+        with (
+            patch.object(hydra_utils, "run_and_report", lambda function: function()),  # it prints and exits
+            patch.object(JobReturn, "return_value", property(_return_value, vars(JobReturn)["return_value"].fset)),
+        ):
+            hydra_utils._run_hydra(arguments, arguments.parser, task, str(config_dir()), job)
+    except SystemExit as stop:  # after --help, --info ...
+        return stop.code if isinstance(stop.code, int) else 0
+    except Crash as crash:
+        print(crash, file=sys.stderr)
+        return 1
+    except Exception as error:
+        if error is task.error:
+            message = explain(error)
+        else:
+            name, folder = sources.get("--config-name") or job, sources.get("--config-dir")
+            message = explain_composition(error, overrides, name, config_dir(), folder)
+        if message is None or os.environ.get("HYDRA_FULL_ERROR") == "1":
+            raise
+        if result_file:
+            Path(result_file).write_text(json.dumps({"mistake": message}))
+        else:
+            rank = os.environ.get("LOCAL_RANK", "0")
+            print(f"steadyflow {job}: error{f' (process {rank})' if rank != '0' else ''}: {message}", file=sys.stderr)
+        return 2
+    if result_file:
+        Path(result_file).write_text(json.dumps({"value": task.value}, default=float))
+    return 0
+
+
+def _parse(argv: list[str]) -> argparse.Namespace:
+    """Hydra's command line, flags and overrides in any order."""
+    parser = hydra_utils.get_args_parser()
+
+    def error(message: str) -> NoReturn:
+        flags = [flag for action in parser._actions for flag in action.option_strings]
+        word = next((w for w in message.split() if w.startswith("-")), "")
+        raise Mistake(message + did_you_mean(word, flags))
+
+    parser.error = error  # type: ignore[method-assign]
+    arguments = parser.parse_intermixed_args(argv)
+    if arguments.experimental_rerun:
+        raise Mistake("--experimental-rerun is not offered; --config-dir RUN/.hydra --config-name config repeats a run")
+    arguments.parser = parser
+    return arguments
+
+
+def _return_value(job: JobReturn) -> Any:
+    """JobReturn.return_value without the line it prints on failure: the message here says more."""
+    if isinstance(job._return_value, Exception):
+        raise job._return_value
+    return job._return_value
+
+
+def _objective(result: Any, name: str | None) -> Any:
+    """What a sweeper sees: the named metric, or the job's whole result."""
+    if name is None:
+        return result
+    if not isinstance(result, dict) or result.get(name) is None:
+        known = sorted(k for k, v in result.items() if isinstance(v, int | float)) if isinstance(result, dict) else []
+        raise Mistake(f"objective={name}: not among the results of this run ({', '.join(known) or 'none'})")
+    return result[name]
+
+
+def _starts_processes(config: DictConfig) -> bool:
+    """Whether Lightning will start processes for this config by repeating the command line."""
+    trainer = config.get("trainer") or {}
+    devices = trainer.get("devices", 1)
+    if devices in (1, "1") or (not isinstance(devices, int | str) and len(devices) == 1):
+        return False
+    from lightning.fabric.plugins.environments import SLURMEnvironment, TorchElasticEnvironment
+
+    return not (SLURMEnvironment.detect() or TorchElasticEnvironment.detect())  # they have started them already
+
+
+def _end(process: subprocess.Popen[bytes]) -> None:
+    """Wait for an interrupted process. The terminal interrupts it too; a signal to this process alone does not."""
+    for send, seconds in ((None, 3), (signal.SIGINT, 10), (signal.SIGKILL, 10)):
+        if send is not None:
+            process.send_signal(send)
+        try:
+            process.wait(seconds)
+            return
+        except subprocess.TimeoutExpired:
+            continue
