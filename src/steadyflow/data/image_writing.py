@@ -24,24 +24,26 @@ def whole_file(path: Path) -> Iterator[Path]:
         temporary.unlink(missing_ok=True)
 
 
-def write_shard(directory: Path, index: Tensor, images: Tensor) -> Path:
+def write_shard(directory: Path, index: Tensor, images: Tensor, label: Tensor | None = None) -> Path:
     """Writes images as DIRECTORY/<first index, 8 digits>.npz with `images` uint8 (n, H, W, C) and `index` int64 (n,).
 
-    The same images give the same bytes.
+    With labels also `label` int64 (n,). The same images give the same bytes.
 
     Args:
         directory: made where it is missing.
         index: (n,) whole numbers >= 0, n >= 1: the number of each image.
         images: (n, C, H, W) uint8, C = 1 or 3.
+        label: (n,) the class of each image.
 
     Returns:
         the file's path.
     """
     index, images = _checked(index, images)
+    labels = {} if label is None else {"label": label.cpu().long().numpy()}
     directory.mkdir(parents=True, exist_ok=True)
     path = directory / f"{int(index[0]):08d}.npz"
     with whole_file(path) as temporary, temporary.open("wb") as file:
-        np.savez(file, images=images.numpy().transpose(0, 2, 3, 1), index=index.numpy())
+        np.savez(file, images=images.numpy().transpose(0, 2, 3, 1), index=index.numpy(), **labels)
     return path
 
 
