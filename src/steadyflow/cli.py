@@ -39,19 +39,6 @@ HYDRA_FULL_ERROR=1 shows the traceback behind a one-line error."""
 
 
 VALUED = {"--config-dir", "-cd", "--config-name", "-cn", "--config-path", "-cp", "--package", "-p", "--cfg", "-c"}
-    "--config-dir",
-    "-cd",
-    "--config-name",
-    "-cn",
-    "--config-path",
-    "-cp",
-    "--package",
-    "-p",
-    "--cfg",
-    "-c",
-    "--info",
-    "-i",
-)
 
 
 def built(job: str) -> bool:
