@@ -5,18 +5,29 @@ from abc import ABC, abstractmethod
 import torch
 from torch import Tensor
 
-from steadyflow.paths import GaussianPath
+from steadyflow.paths import DiscreteVariancePreserving, GaussianPath
 
 
 class Grid(ABC):
-    """A rule that places N steps between t = `start` and t = `end`.
+    """A rule that places N steps between noise and data on a path."""
+
+    @abstractmethod
+    def __call__(self, path: GaussianPath, steps: int) -> Tensor:
+        """The times (steps + 1,), float64, strictly falling, within [0, 1]."""
+
+
+class Interval(Grid):
+    """A grid from time `start` to time `end`, and with `zero` on to t = 0.
 
     With `zero`, the grid is N times from start to end and then t = 0, so that the last of the N steps is the denoiser
-    itself (EDM's convention); without it, N + 1 times and the sample is left at `end`.
+    itself (EDM's convention); without it, N + 1 times and the sample is left at `end`, still with its noise.
 
     Args:
         start, end: 1 >= start > end >= 0 (units of path time).
         zero: append t = 0 after `end`.
+
+    Raises:
+        ValueError: start and end out of order, or zero with end = 0.
     """
 
     def __init__(self, start: float = 1.0, end: float = 1e-3, zero: bool = True):
@@ -27,21 +38,147 @@ class Grid(ABC):
         self.start, self.end, self.zero = float(start), float(end), zero
 
     def __call__(self, path: GaussianPath, steps: int) -> Tensor:
-        """The times (steps + 1,), float64, falling."""
-        nodes = steps if self.zero else steps + 1
-        u = torch.linspace(0, 1, nodes, dtype=torch.float64)
-        times = self.between(path, u)
-        if len(u) > 1:  # the end points exactly, free of the rounding of a map and its inverse
-            times[0], times[-1] = self.start, self.end
-        return torch.cat([times, times.new_zeros(1)]) if self.zero else times
+        return _close(self.between(path, _unit(steps, self.zero)), self.zero)
 
     @abstractmethod
     def between(self, path: GaussianPath, u: Tensor) -> Tensor:
         """The times at u in [0, 1], from `start` at u = 0 to `end` at u = 1."""
 
 
-class Uniform(Grid):
+class Uniform(Interval):
     """t = start + u (end - start)."""
 
     def between(self, path: GaussianPath, u: Tensor) -> Tensor:
-        return self.start + u * (self.end - self.start)
+        return (1 - u) * self.start + u * self.end
+
+
+class Power(Interval):
+    """t^(1/p) uniform: t = [start^(1/p) + u (end^(1/p) - start^(1/p))]^p; p > 1 is denser at the data end.
+
+    Source: Zhang & Chen 2023 (DEIS), Section 4 ("power-t").
+    """
+
+    def __init__(self, power: float = 2.0, start: float = 1.0, end: float = 1e-3, zero: bool = True):
+        super().__init__(start, end, zero)
+        if not power > 0:
+            raise ValueError(f"need power > 0, got {power}")
+        self.power = float(power)
+
+    def between(self, path: GaussianPath, u: Tensor) -> Tensor:
+        return ((1 - u) * self.start ** (1 / self.power) + u * self.end ** (1 / self.power)) ** self.power
+
+
+class Quadratic(Interval):
+    """sqrt(t) uniform: t = [sqrt(start) + u (sqrt(end) - sqrt(start))]^2. Source: Song et al. 2021 (DDIM), App. D.2."""
+
+    def between(self, path: GaussianPath, u: Tensor) -> Tensor:
+        return ((1 - u) * self.start**0.5 + u * self.end**0.5) ** 2
+
+
+class LogSNR(Interval):
+    """log(sigma / alpha) uniform, half the log-SNR with its sign turned.
+
+    The noise-to-signal ratio at `start` is cut at `max_ratio`, which only paths that reach it feel (conditional OT and
+    cosine, whose ratio is infinite at t = 1; the others here end at 50 to 158): they start a little before t = 1.
+
+    Source: Lu et al. 2022 (DPM-Solver), Section 3.4 ("logSNR").
+
+    Raises:
+        ValueError: the path has no noise at `end`, where log(sigma / alpha) is -infinity.
+    """
+
+    def __init__(self, start: float = 1.0, end: float = 1e-3, zero: bool = True, max_ratio: float = 160.0):
+        super().__init__(start, end, zero)
+        if not max_ratio > 0:
+            raise ValueError(f"need max_ratio > 0, got {max_ratio}")
+        self.max_ratio = float(max_ratio)
+
+    def between(self, path: GaussianPath, u: Tensor) -> Tensor:
+        ends = path.ratio(torch.tensor([self.start, self.end], dtype=torch.float64)).clamp(max=self.max_ratio)
+        if not ends[1] > 0:
+            raise ValueError(f"a log-SNR grid needs noise at its end, but sigma = 0 at t = {self.end}; set end=0.001")
+        first, last = ends.log()
+        return path.time_at(torch.exp((1 - u) * first + u * last))
+
+
+class Karras(Grid):
+    """EDM's grid in rho = sigma / alpha: rho^(1/p) uniform between sigma_max and sigma_min, then t = 0.
+
+        rho_i = [sigma_max^(1/p) + i / (N - 1) (sigma_min^(1/p) - sigma_max^(1/p))]^p,  i < N,  rho_N = 0
+
+    On a path with alpha = 1, as EDM's, rho is sigma. Limits that the path does not reach are its own ends.
+    Source: Karras et al. 2022, Eq. 5.
+
+    Args:
+        sigma_min, sigma_max: the least and the largest noise-to-signal ratio.
+        rho: the exponent p.
+        zero: append t = 0; without it N + 1 nodes down to sigma_min.
+
+    Raises:
+        ValueError: unless 0 < sigma_min < sigma_max and rho > 0, or a path that lies outside them.
+    """
+
+    def __init__(self, sigma_min: float = 0.002, sigma_max: float = 80.0, rho: float = 7.0, zero: bool = True):
+        if not (0 < sigma_min < sigma_max and rho > 0):
+            raise ValueError(f"need 0 < sigma_min < sigma_max and rho > 0, got {sigma_min}, {sigma_max} and {rho}")
+        self.sigma_min, self.sigma_max, self.rho, self.zero = float(sigma_min), float(sigma_max), float(rho), zero
+
+    def __call__(self, path: GaussianPath, steps: int) -> Tensor:
+        u = _unit(steps, self.zero)
+        low, high = path.ratio(torch.tensor([0.0, 1.0], dtype=torch.float64)).tolist()
+        first, last = min(self.sigma_max, high), max(self.sigma_min, low)
+        if not first > last:
+            raise ValueError(f"the path's sigma / alpha, {low:.3g} to {high:.3g}, lies outside sigma_min..sigma_max")
+        return _close(
+            path.time_at(((1 - u) * first ** (1 / self.rho) + u * last ** (1 / self.rho)) ** self.rho), self.zero
+        )
+
+
+class Indices(Grid):
+    """A subset of the indices 0..T-1 of a discrete DDPM schedule, index i standing at t = (i + 1) / T; then t = 0.
+
+        linear: i_k = floor(k T / N);  quadratic: i_k = floor((k sqrt(0.8 T) / (N - 1))^2),  k = N-1, ..., 0
+
+    The quadratic rule repeats small indices when N is large; a repeated index moves up to the next free one, so that
+    N steps stay N different ones. Source: Song et al. 2021 (DDIM), App. D.2 and its code.
+
+    Args:
+        spacing: "linear" or "quadratic".
+        train_steps: T.
+
+    Raises:
+        ValueError: an unknown spacing, more steps than indices, or a discrete path of another T.
+    """
+
+    def __init__(self, spacing: str = "linear", train_steps: int = 1000):
+        if spacing not in ("linear", "quadratic"):
+            raise ValueError(f"spacing must be linear or quadratic, got {spacing}")
+        self.spacing, self.train_steps = spacing, int(train_steps)
+
+    def __call__(self, path: GaussianPath, steps: int) -> Tensor:
+        total = self.train_steps
+        if isinstance(path, DiscreteVariancePreserving) and path.steps != total:
+            raise ValueError(f"the path has {path.steps} indices, the grid {total}; set train_steps={path.steps}")
+        if not 2 <= steps <= total:  # one step would start at index 0, without noise
+            raise ValueError(f"steps must lie in 2..{total} on a grid of DDPM indices, got {steps}")
+        if self.spacing == "linear":
+            indices = [k * total // steps for k in range(steps)]
+        else:
+            last = (0.8 * total) ** 0.5
+            indices = [int((k * last / (steps - 1)) ** 2) for k in range(steps)]
+        for k in range(1, steps):
+            indices[k] = max(indices[k], indices[k - 1] + 1)
+        if indices[-1] >= total:
+            raise ValueError(f"{steps} quadratic steps do not fit {total} indices; use spacing=linear or fewer steps")
+        return _close((torch.tensor(indices[::-1], dtype=torch.float64) + 1) / total, True)
+
+
+def _unit(steps: int, zero: bool) -> Tensor:
+    """u from 0 to 1 at the `steps` times before an appended zero, or at all `steps` + 1."""
+    return torch.linspace(0, 1, steps if zero else steps + 1, dtype=torch.float64)
+
+
+def _close(times: Tensor, zero: bool) -> Tensor:
+    """The times within [0, 1], free of the rounding of a map and its inverse, with the zero appended."""
+    times = times.clamp(0, 1)
+    return torch.cat([times, times.new_zeros(1)]) if zero else times

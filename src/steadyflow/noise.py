@@ -13,13 +13,17 @@ class NoiseSource:
         z[b] = Philox(key = (seed, index[b]), counter = step)        ~ N(0, I),  shape (B, *S)
 
     Drawn on the CPU, whatever the device, so sample i is the same image for any batch size, number of devices or
-    resume point. Step 0 is the starting noise; a sampler's k-th step uses step k = 1, 2, ...
+    resume point, and the same to rounding in every precision. Step 0 is the starting noise; a sampler's k-th step
+    uses step k = 1, 2, ...
 
     Args:
-        seed: the run's seed, >= 0.
-        index: the global index of each sample of the batch, B non-negative integers.
+        seed: the run's seed, 0 <= seed < 2^64.
+        index: the global index of each sample of the batch, B integers, 0 <= index < 2^64.
         shape: the shape S of one sample.
-        device, dtype: where and in which precision the noise is returned; float64 noise is drawn in float64.
+        device, dtype: where and in which precision the noise is returned. It is drawn in float32.
+
+    Raises:
+        ValueError: a seed or an index out of range.
     """
 
     def __init__(
@@ -32,17 +36,17 @@ class NoiseSource:
     ):
         self.seed, self.index, self.shape = int(seed), [int(i) for i in index], tuple(shape)
         self.device, self.dtype = torch.device(device), dtype
-        if self.seed < 0 or any(i < 0 for i in self.index):
-            raise ValueError(f"seed and sample indices must be >= 0, got seed {seed} and indices from {min(self.index)}")
+        for value in (self.seed, *self.index):
+            if not 0 <= value < 2**64:
+                raise ValueError(f"the seed and the sample indices must lie in [0, 2^64), got {value}")
 
     def __len__(self) -> int:
         return len(self.index)
 
     def __call__(self, step: int) -> Tensor:
         """The noise z of one step, (B, *S)."""
-        kind = np.float64 if self.dtype == torch.float64 else np.float32
-        z = np.empty((len(self.index), *self.shape), kind)
+        z = np.empty((len(self.index), *self.shape), np.float32)
         for row, index in zip(z, self.index, strict=True):
             bits = np.random.Philox(key=np.array([self.seed, index], np.uint64), counter=[0, 0, 0, step])
-            np.random.Generator(bits).standard_normal(dtype=kind, out=row)
+            np.random.Generator(bits).standard_normal(dtype=np.float32, out=row)
         return torch.from_numpy(z).to(self.device, self.dtype)

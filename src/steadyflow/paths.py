@@ -31,8 +31,24 @@ class GaussianPath(ABC):
     def time_at(self, ratio: Time) -> Tensor:
         """The time t at which sigma / alpha = ratio, the inverse of the noise-to-signal ratio.
 
-        Ratios the path never reaches give its nearest end, so an infinite ratio gives t = 1.
+        Ratios the path never reaches give its nearest end, so an infinite ratio gives t = 1. NaN stays NaN.
         """
+
+    def ratio(self, t: Time) -> Tensor:
+        """The noise-to-signal ratio sigma / alpha at time t; infinite where alpha = 0."""
+        alpha, sigma = self(t)
+        return sigma / alpha
+
+    def velocity(self, t: Time) -> tuple[Tensor, Tensor]:
+        """(p, q) of the probability-flow ODE in terms of the denoiser D(x, alpha, sigma).
+
+            dx/dt = alpha' D + sigma' (x - alpha D) / sigma = p x + q D,  p = sigma' / sigma,  q = alpha' - alpha p
+
+        Finite at alpha = 0, infinite at sigma = 0. Source: Song et al. 2021 (score SDE), Eq. 13; Lipman et al. 2023.
+        """
+        (alpha, sigma), (dalpha, dsigma) = self(t), self.derivative(t)
+        p = dsigma / sigma
+        return p, dalpha - alpha * p
 
 
 def _float64(t: Time) -> Tensor:
@@ -47,12 +63,12 @@ class VariancePreserving(GaussianPath):
     Source: Song et al. 2021 (score SDE), Eq. 32-33.
 
     Raises:
-        ValueError: unless 0 <= beta_min <= beta_max and beta_max > 0.
+        ValueError: unless 0 < beta_min <= beta_max.
     """
 
     def __init__(self, beta_min: float = 0.1, beta_max: float = 20.0):
-        if not (0 <= beta_min <= beta_max and beta_max > 0):
-            raise ValueError(f"need 0 <= beta_min <= beta_max, beta_max > 0; got {beta_min} and {beta_max}")
+        if not 0 < beta_min <= beta_max:
+            raise ValueError(f"need 0 < beta_min <= beta_max, got {beta_min} and {beta_max}")
         self.beta_min, self.beta_max = float(beta_min), float(beta_max)
 
     def _integral(self, t: Tensor) -> Tensor:
@@ -69,10 +85,10 @@ class VariancePreserving(GaussianPath):
         return -0.5 * beta * alpha, 0.5 * beta * alpha**2 / sigma
 
     def time_at(self, ratio: Time) -> Tensor:
-        b = 2 * _log_hypot1(_float64(ratio))  # B = log(1 + ratio^2)
         slope = self.beta_max - self.beta_min
+        b = (2 * _log_hypot1(_float64(ratio))).clamp(max=self.beta_min + 0.5 * slope)  # B = log(1 + ratio^2)
         t = 2 * b / (self.beta_min + torch.sqrt(self.beta_min**2 + 2 * slope * b))  # no cancellation at small B
-        return torch.where(b > self._integral(torch.ones_like(b)), 1.0, t.nan_to_num(nan=1.0).clamp(0, 1))
+        return t.clamp(0, 1)
 
 
 class DiscreteVariancePreserving(GaussianPath):
@@ -117,29 +133,42 @@ class DiscreteVariancePreserving(GaussianPath):
 
 
 class Cosine(GaussianPath):
-    """The variance-preserving cosine path, alpha = cos(theta), sigma = sin(theta), theta linear in t.
+    """The variance-preserving cosine path, normalised so that alpha(0) = 1.
 
-        theta(t) = pi / 2 (t + s) / (1 + s) - pi / 2 s / (1 + s),  scaled so that theta(1) = t_max pi / 2
+        alpha = cos(theta) / cos(theta_0),  sigma = sqrt(1 - alpha^2),  theta = pi / 2 (t + s) / (1 + s)
 
-    With the offset removed alpha(0) = 1 exactly; the ratio sigma / alpha = tan(theta) stays finite as t_max < 1.
-    Source: Nichol & Dhariwal 2021, Eq. 17 (with s = 0); Salimans & Ho 2022 for the continuous form.
+    theta_0 = theta(0). The ratio sigma / alpha is infinite at t = 1. The discrete schedule of the source is this path
+    at t = i / T, but for its clipping of beta at 0.999, which moves the last level alone.
+    Source: Nichol & Dhariwal 2021, Eq. 17.
+
+    Args:
+        s: the offset; 0.008 in the source, 0 gives alpha = cos(pi t / 2).
     """
 
-    def __init__(self, t_max: float = 0.999):
-        if not 0 < t_max < 1:
-            raise ValueError(f"need 0 < t_max < 1, got {t_max}")
-        self.angle = 0.5 * math.pi * t_max
+    def __init__(self, s: float = 0.008):
+        if not 0 <= s < 1:
+            raise ValueError(f"need 0 <= s < 1, got {s}")
+        self.s = float(s)
+        self._rate = 0.5 * math.pi / (1 + self.s)
+        self._start = self._rate * self.s  # theta_0
 
     def __call__(self, t: Time) -> tuple[Tensor, Tensor]:
-        theta = self.angle * _float64(t)
-        return torch.cos(theta), torch.sin(theta)
+        angle = self._rate * _float64(t)  # theta - theta_0; sigma^2 as a product, free of cancellation at small t
+        scale = 1 / math.cos(self._start)
+        sigma = scale * torch.sqrt(torch.sin(angle) * torch.sin(angle + 2 * self._start))
+        return scale * torch.cos(angle + self._start), sigma
 
     def derivative(self, t: Time) -> tuple[Tensor, Tensor]:
-        theta = self.angle * _float64(t)
-        return -self.angle * torch.sin(theta), self.angle * torch.cos(theta)
+        alpha, sigma = self(t)
+        dalpha = -self._rate / math.cos(self._start) * torch.sin(self._rate * _float64(t) + self._start)
+        at_zero = math.inf if self.s > 0 else self._rate
+        return dalpha, torch.where(sigma > 0, -alpha * dalpha / sigma, at_zero)
 
     def time_at(self, ratio: Time) -> Tensor:
-        return (torch.atan(_float64(ratio)) / self.angle).clamp(0, 1)
+        q = _float64(ratio).clamp(1e-300, 1e100) / math.cos(self._start)
+        u = math.tan(self._start)
+        v = torch.hypot(q, torch.full_like(q, u))  # tan(theta); below, tan(theta - theta_0) = (v - u) / (1 + u v)
+        return (torch.atan(q * (q / (u + v)) / (1 + u * v)) / self._rate).clamp(0, 1)
 
 
 class VarianceExploding(GaussianPath):
@@ -206,7 +235,7 @@ class ConditionalOT(GaussianPath):
 
     def time_at(self, ratio: Time) -> Tensor:
         ratio = _float64(ratio)
-        return torch.where(ratio > 1, 1 / (1 + 1 / ratio), ratio / (1 + ratio)).nan_to_num(nan=1.0)
+        return torch.where(ratio > 1, 1 / (1 + 1 / ratio), ratio / (1 + ratio))
 
 
 def _log_hypot1(r: Tensor) -> Tensor:
@@ -224,3 +253,10 @@ def expand(coefficient: Tensor, x: Tensor) -> Tensor:
     if coefficient.ndim == 0:
         return coefficient.to(x.dtype)
     return coefficient.to(x.device, x.dtype).reshape(-1, *[1] * (x.ndim - 1))
+
+
+def combine(a: Tensor, x: Tensor, b: Tensor, y: Tensor) -> Tensor:
+    """a x + b y in two passes over the data, for coefficients () or (B,) and x, y (B, *S) of one dtype."""
+    if a.ndim == 0 and b.ndim == 0:
+        return (a.item() * x).add_(y, alpha=b.item())
+    return (expand(a, x) * x).addcmul_(expand(b, x), y)

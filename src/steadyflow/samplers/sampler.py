@@ -1,7 +1,7 @@
 """What a sampler is: noise in, samples out."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -12,6 +12,7 @@ from steadyflow.noise import NoiseSource
 from steadyflow.paths import GaussianPath
 
 Progress = Callable[[float], None]  # called with the fraction done, in [0, 1]
+Coefficients = tuple[Tensor, ...]  # of a step or of many, float64, each of the shape of t and s
 
 
 class Sampler(ABC):
@@ -30,9 +31,9 @@ class Sampler(ABC):
         """Samples (B, *S).
 
         Args:
-            denoiser: E[x_0 | x].
+            denoiser: E[x_0 | x]. Wrap its network in a CountedDenoiser to count the evaluations.
             noise: the keyed noise of the batch; step 0 is the starting point, step k the k-th step's.
-            start: the state (B, *S) at the grid's first time; by default sigma(t_0) z_0.
+            start: the state (B, *S) at the first time; by default sigma(t_0) z_0.
             progress: called with the fraction done after each step.
             condition: passed on to the denoiser.
 
@@ -44,26 +45,44 @@ class Sampler(ABC):
 class OneStepSampler(Sampler):
     """A sampler whose update x_t -> x_s needs nothing but the current state. Owns the one sequential loop.
 
+    A step is split in two: its coefficients, functions of (t, s) alone, which the loop computes once for the whole
+    grid, and its update, which calls the denoiser.
+
     Args:
         path: the Gaussian path to sample along.
-        grid: the times t_0 > ... > t_N: a rule (`Grid`) or the times themselves (N + 1,).
-        steps: N, for a rule; a tensor of times brings its own.
+        grid: the times t_0 > ... > t_N: a rule (`Grid`) or the N + 1 times themselves.
+        steps: N, for a rule; a list of times brings its own.
 
     Raises:
         ValueError: a rule without steps, steps < 1, or times that do not fall or leave [0, 1].
     """
 
-    stochastic = False  # whether `step` uses its noise z
+    stochastic = False  # whether `update` uses its noise z
 
-    def __init__(self, path: GaussianPath, grid: Grid | Tensor, steps: int | None = None):
+    def __init__(self, path: GaussianPath, grid: Grid | Tensor | Sequence[float], steps: int | None = None):
         self.path = path
         self.times = time_grid(path, grid, steps)
 
+    @property
+    def steps(self) -> int:
+        """N."""
+        return len(self.times) - 1
+
     @abstractmethod
+    def coefficients(self, t: Tensor, s: Tensor) -> Coefficients:
+        """What the steps t -> s need of the path; t, s of any shape."""
+
+    @abstractmethod
+    def update(
+        self, denoiser: Denoiser, x: Tensor, coefficients: Coefficients, z: Tensor | None, **condition: Tensor
+    ) -> Tensor:
+        """x_s from x_t with the coefficients, each () or (B,), of its step. z (B, *S) is the step's noise."""
+
     def step(
-        self, denoiser: Denoiser, x: Tensor, t: Tensor, s: Tensor, z: Tensor | None, **condition: Tensor
+        self, denoiser: Denoiser, x: Tensor, t: Tensor, s: Tensor, z: Tensor | None = None, **condition: Tensor
     ) -> Tensor:
         """x_s from x_t, s < t. t and s are () or (B,): a batch may mix times. z (B, *S) is the step's noise."""
+        return self.update(denoiser, x, self.coefficients(t, s), z, **condition)
 
     @torch.no_grad()
     def __call__(
@@ -75,34 +94,39 @@ class OneStepSampler(Sampler):
         progress: Progress | None = None,
         **condition: Tensor,
     ) -> Tensor:
-        x = self.path(self.times[0])[1].to(noise.dtype) * noise(0) if start is None else start
-        steps, sums = len(self.times) - 1, []
-        for k in range(steps):
-            z = noise(k + 1) if self.stochastic else None
-            x = self.step(denoiser, x, self.times[k], self.times[k + 1], z, **condition)
-            sums.append(x.sum())  # one number a step: the check below costs no synchronisation inside the loop
+        x = noise_start(self.path, self.times[0], noise) if start is None else start
+        table = [c.unbind() for c in self.coefficients(self.times[:-1], self.times[1:])]
+        sums = []
+        for k, row in enumerate(zip(*table, strict=True)):
+            x = self.update(denoiser, x, row, noise(k + 1) if self.stochastic else None, **condition)
+            sums.append(x.sum(dtype=torch.float32))  # one number a step: the check below synchronises once
             if progress is not None:
-                progress((k + 1) / steps)
-        bad = ~torch.stack(sums).isfinite()
-        if bad.any():
-            k = int(bad.nonzero()[0])
+                progress((k + 1) / self.steps)
+        bad = (~torch.stack(sums).isfinite()).nonzero()
+        if len(bad):
+            k = int(bad[0])
             raise FloatingPointError(
-                f"the state is not finite after step {k + 1} of {steps} (t = {self.times[k]:.4g} -> "
+                f"the state is not finite after step {k + 1} of {self.steps} (t = {self.times[k]:.4g} -> "
                 f"{self.times[k + 1]:.4g}); the network returned NaN or the step diverged"
             )
         return x
 
 
-def time_grid(path: GaussianPath, grid: Grid | Tensor, steps: int | None) -> Tensor:
-    """The times (N + 1,) in float64 of a grid rule or a tensor, checked to fall within [0, 1]."""
-    if isinstance(grid, Tensor):
-        times = grid.double()
+def time_grid(path: GaussianPath, grid: Grid | Tensor | Sequence[float], steps: int | None) -> Tensor:
+    """The times (N + 1,) in float64 of a grid rule, or of a list of times, checked to fall within [0, 1]."""
+    if isinstance(grid, Grid):
+        if steps is None or steps < 1:
+            raise ValueError(f"steps must be a positive integer, got {steps}; set steps (sampler.steps=20)")
+        times = grid(path, steps)
+    else:
+        times = torch.as_tensor(list(grid), dtype=torch.float64)
         if steps is not None and steps != len(times) - 1:
             raise ValueError(f"steps = {steps}, but the grid given has {len(times)} times; leave steps out")
-    elif steps is None or steps < 1:
-        raise ValueError(f"steps must be a positive integer, got {steps}; set steps (sampler.steps=20)")
-    else:
-        times = grid(path, steps)
     if times.ndim != 1 or len(times) < 2 or not (times.diff() < 0).all() or times[0] > 1 or times[-1] < 0:
         raise ValueError(f"a time grid must fall strictly within [0, 1], got {times.tolist()}")
     return times
+
+
+def noise_start(path: GaussianPath, t: Tensor, noise: NoiseSource) -> Tensor:
+    """The state at a time so noisy that the data no longer matters: sigma(t) z_0."""
+    return path(t)[1].item() * noise(0)

@@ -1,32 +1,16 @@
-"""Denoisers D(x, alpha, sigma) = E[x_0 | alpha x_0 + sigma eps = x]: checkpoints in their wrapper.
+"""Networks as denoisers: a checkpoint is wrapped once by what it predicts.
 
-Once wrapped, nobody asks what a network predicts or which path it was trained on. Every denoiser obeys
-D(c x, c alpha, c sigma) = D(x, alpha, sigma). The exact ones, in closed form, stand in `exact.py`.
+Once wrapped, nobody asks what a network predicts or which path it was trained on.
 """
 
-from abc import ABC, abstractmethod
+import math
+from abc import abstractmethod
 
 import torch
 from torch import Tensor, nn
 
-from steadyflow.paths import GaussianPath, expand
-
-
-class Denoiser(nn.Module, ABC):
-    """The posterior mean of the clean sample, E[x_0 | x], for x = alpha x_0 + sigma eps."""
-
-    @abstractmethod
-    def forward(self, x: Tensor, alpha: Tensor, sigma: Tensor, **condition: Tensor) -> Tensor:
-        """E[x_0 | x].
-
-        Args:
-            x: (B, *S).
-            alpha, sigma: () or (B,), float64.
-            condition: what the denoiser is conditioned on, each leading with B (`label`: (B,) int64 class indices).
-
-        Returns:
-            x_0: (B, *S) in x's dtype.
-        """
+from steadyflow.denoisers.denoiser import Denoiser
+from steadyflow.paths import GaussianPath, combine, expand
 
 
 class NetworkDenoiser(Denoiser):
@@ -39,10 +23,13 @@ class NetworkDenoiser(Denoiser):
     its nearest end. Source: time and scale change of a Gaussian path, e.g. Karras et al. 2022, Eq. 4.
 
     Args:
-        network: module called as network(x (B, *S), t (B,), **condition) -> (B, *S); a network that also predicts a
-            variance returns (B, 2 C, ...), of which the first C channels are used.
+        network: module called as network(x (B, *S), t (B,), **condition) -> (B, *S), in the precision of its own
+            parameters; a network that also predicts a variance returns (B, 2 C, ...), of which the first C channels
+            are used.
         path: the path it was trained on.
     """
+
+    max_ratio = math.inf  # larger noise-to-signal ratios are evaluated here
 
     def __init__(self, network: nn.Module, path: GaussianPath):
         super().__init__()
@@ -56,29 +43,36 @@ class NetworkDenoiser(Denoiser):
     def target(self, x0: Tensor, eps: Tensor, t: Tensor) -> Tensor:
         """What the network should return for x_t = alpha x0 + sigma eps at time t (B,): the regression target."""
 
+    def inputs(self, x: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
+        """The state and the time as the network takes them; a preconditioned network scales them."""
+        return x, t
+
     def output(self, x: Tensor, t: Tensor, **condition: Tensor) -> Tensor:
         """The raw prediction (B, *S) for x on the training path at time t () or (B,)."""
-        return self._call(x, t, **condition)
-
-    def _call(self, x: Tensor, time: Tensor, **condition: Tensor) -> Tensor:
+        state, time = self.inputs(x, t)
         parameter = next(self.network.parameters(), x)
-        time = time.to(x.device, torch.float32 if parameter.dtype != torch.float64 else torch.float64)
-        out = self.network(x.to(parameter.dtype), time.expand(len(x)), **condition)
+        time = time.to(x.device, torch.float64 if parameter.dtype == torch.float64 else torch.float32)
+        out = self.network(state.to(parameter.dtype), time.expand(len(x)), **condition)
         return out.narrow(1, 0, x.shape[1]).to(x.dtype)
 
     def forward(self, x: Tensor, alpha: Tensor, sigma: Tensor, **condition: Tensor) -> Tensor:
-        t = self.path.time_at(sigma / alpha)
+        t = self.path.time_at((sigma / alpha).clamp(max=self.max_ratio))
         a, s = self.path(t)
         x = x * expand((a + s) / (alpha + sigma), x)
         return self.to_x0(self.output(x, t, **condition), x, t)
 
 
 class EpsDenoiser(NetworkDenoiser):
-    """The network predicts the noise: x_0 = (x - sigma eps) / alpha. Source: Ho et al. 2020, Eq. 15."""
+    """The network predicts the noise: x_0 = (x - sigma eps) / alpha. Source: Ho et al. 2020, Eq. 15.
+
+    The noise says nothing of x_0 where alpha = 0, so ratios sigma / alpha beyond 1000 are evaluated at 1000.
+    """
+
+    max_ratio = 1e3
 
     def to_x0(self, output: Tensor, x: Tensor, t: Tensor) -> Tensor:
         alpha, sigma = self.path(t)
-        return (x - expand(sigma, x) * output) / expand(alpha, x)
+        return combine(1 / alpha, x, -sigma / alpha, output)
 
     def target(self, x0: Tensor, eps: Tensor, t: Tensor) -> Tensor:
         return eps
@@ -103,19 +97,24 @@ class VDenoiser(NetworkDenoiser):
     def to_x0(self, output: Tensor, x: Tensor, t: Tensor) -> Tensor:
         alpha, sigma = self.path(t)
         norm = alpha**2 + sigma**2
-        return expand(alpha / norm, x) * x - expand(sigma / norm, x) * output
+        return combine(alpha / norm, x, -sigma / norm, output)
 
     def target(self, x0: Tensor, eps: Tensor, t: Tensor) -> Tensor:
         alpha, sigma = self.path(t)
-        return expand(alpha, x0) * eps - expand(sigma, x0) * x0
+        return combine(alpha, eps, -sigma, x0)
 
 
 class ScoreDenoiser(NetworkDenoiser):
-    """The network predicts the score grad log p_t = -eps / sigma: x_0 = (x + sigma^2 score) / alpha (Tweedie)."""
+    """The network predicts the score grad log p_t = -eps / sigma: x_0 = (x + sigma^2 score) / alpha (Tweedie).
+
+    Like the noise, it says nothing of x_0 where alpha = 0: ratios beyond 1000 are evaluated at 1000.
+    """
+
+    max_ratio = 1e3
 
     def to_x0(self, output: Tensor, x: Tensor, t: Tensor) -> Tensor:
         alpha, sigma = self.path(t)
-        return (x + expand(sigma**2, x) * output) / expand(alpha, x)
+        return combine(1 / alpha, x, sigma**2 / alpha, output)
 
     def target(self, x0: Tensor, eps: Tensor, t: Tensor) -> Tensor:
         return -eps / expand(self.path(t)[1], eps)
@@ -124,19 +123,20 @@ class ScoreDenoiser(NetworkDenoiser):
 class VelocityDenoiser(NetworkDenoiser):
     """The network predicts the velocity v = alpha' x_0 + sigma' eps of the path (' = d/dt).
 
-        x_0 = (sigma' x - sigma v) / (sigma' alpha - sigma alpha')
+        x_0 = (x - r v) / (alpha - r alpha'),  r = sigma / sigma'
 
     On conditional OT, v = eps - x_0 and x_0 = x - t v. Source: Lipman et al. 2023, Eq. 13.
     """
 
     def to_x0(self, output: Tensor, x: Tensor, t: Tensor) -> Tensor:
         (alpha, sigma), (dalpha, dsigma) = self.path(t), self.path.derivative(t)
-        norm = dsigma * alpha - sigma * dalpha
-        return expand(dsigma / norm, x) * x - expand(sigma / norm, x) * output
+        r = sigma / dsigma  # 0 where sigma = 0, though sigma' may be infinite there
+        norm = alpha - r * dalpha
+        return combine(1 / norm, x, -r / norm, output)
 
     def target(self, x0: Tensor, eps: Tensor, t: Tensor) -> Tensor:
         dalpha, dsigma = self.path.derivative(t)
-        return expand(dalpha, x0) * x0 + expand(dsigma, x0) * eps
+        return combine(dalpha, x0, dsigma, eps)
 
 
 class EDMDenoiser(NetworkDenoiser):
@@ -146,7 +146,14 @@ class EDMDenoiser(NetworkDenoiser):
         c_skip = s^2 / (rho^2 + s^2),  c_out = rho s / sqrt(rho^2 + s^2),  c_in = 1 / sqrt(rho^2 + s^2),
         c_noise = log(rho) / 4,  s = sigma_data
 
-    Source: Karras et al. 2022, Table 1 (last column).
+    written with alpha multiplied through, so that it stands at alpha = 0. Source: Karras et al. 2022, Table 1.
+
+    Args:
+        network, path: see NetworkDenoiser; the network gets c_noise as its time.
+        sigma_data: the data's standard deviation s.
+
+    Raises:
+        ValueError: sigma_data <= 0.
     """
 
     def __init__(self, network: nn.Module, path: GaussianPath, sigma_data: float = 0.5):
@@ -155,34 +162,22 @@ class EDMDenoiser(NetworkDenoiser):
             raise ValueError(f"need sigma_data > 0, got {sigma_data}")
         self.sigma_data = float(sigma_data)
 
-    def output(self, x: Tensor, t: Tensor, **condition: Tensor) -> Tensor:
+    def inputs(self, x: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
         alpha, sigma = self.path(t)
-        c_in = 1 / (alpha * torch.sqrt((sigma / alpha) ** 2 + self.sigma_data**2))
-        c_noise = torch.log((sigma / alpha).clamp(min=1e-20)) / 4
-        return self._call(expand(c_in, x) * x, c_noise, **condition)
+        c_noise = torch.log((sigma / alpha).clamp(1e-20, 1e20)) / 4
+        return expand(1 / torch.hypot(sigma, alpha * self.sigma_data), x) * x, c_noise
+
+    def _skip_out(self, t: Tensor) -> tuple[Tensor, Tensor]:
+        """(c_skip / alpha, c_out)."""
+        alpha, sigma = self.path(t)
+        norm = torch.hypot(sigma, alpha * self.sigma_data)
+        return alpha * (self.sigma_data / norm) ** 2, sigma * self.sigma_data / norm
 
     def to_x0(self, output: Tensor, x: Tensor, t: Tensor) -> Tensor:
-        alpha, sigma = self.path(t)
-        c_skip, c_out = self._skip_out(sigma / alpha)
-        return expand(c_skip / alpha, x) * x + expand(c_out, x) * output
+        skip, out = self._skip_out(t)
+        return combine(skip, x, out, output)
 
     def target(self, x0: Tensor, eps: Tensor, t: Tensor) -> Tensor:
         alpha, sigma = self.path(t)
-        c_skip, c_out = self._skip_out(sigma / alpha)
-        return (x0 - expand(c_skip, x0) * (x0 + expand(sigma / alpha, x0) * eps)) / expand(c_out, x0)
-
-    def _skip_out(self, rho: Tensor) -> tuple[Tensor, Tensor]:
-        s = self.sigma_data
-        return s**2 / (rho**2 + s**2), rho * s / torch.sqrt(rho**2 + s**2)
-
-
-class CountedDenoiser(Denoiser):
-    """Counts the network evaluations of another denoiser, a row of a batch being one: nfe = rows / samples."""
-
-    def __init__(self, denoiser: Denoiser):
-        super().__init__()
-        self.denoiser, self.rows = denoiser, 0
-
-    def forward(self, x: Tensor, alpha: Tensor, sigma: Tensor, **condition: Tensor) -> Tensor:
-        self.rows += len(x)
-        return self.denoiser(x, alpha, sigma, **condition)
+        skip, out = self._skip_out(t)
+        return combine((1 - skip * alpha) / out, x0, -skip * sigma / out, eps)

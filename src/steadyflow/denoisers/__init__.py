@@ -1,0 +1,28 @@
+"""Denoisers D(x, alpha, sigma) = E[x_0 | alpha x_0 + sigma eps = x]: checkpoints in their wrapper, exact formulas."""
+
+from steadyflow.denoisers.denoiser import CountedDenoiser, Denoiser
+from steadyflow.denoisers.exact import Empirical, Gaussian, GaussianMixture
+from steadyflow.denoisers.network import (
+    EDMDenoiser,
+    EpsDenoiser,
+    NetworkDenoiser,
+    ScoreDenoiser,
+    VDenoiser,
+    VelocityDenoiser,
+    X0Denoiser,
+)
+
+__all__ = [
+    "CountedDenoiser",
+    "Denoiser",
+    "EDMDenoiser",
+    "Empirical",
+    "EpsDenoiser",
+    "Gaussian",
+    "GaussianMixture",
+    "NetworkDenoiser",
+    "ScoreDenoiser",
+    "VDenoiser",
+    "VelocityDenoiser",
+    "X0Denoiser",
+]

@@ -1,0 +1,41 @@
+"""What a denoiser is: E[x_0 | x]."""
+
+from abc import ABC, abstractmethod
+
+from torch import Tensor, nn
+
+
+class Denoiser(nn.Module, ABC):
+    """The posterior mean of the clean sample, E[x_0 | x], for x = alpha x_0 + sigma eps.
+
+    Every denoiser obeys D(c x, c alpha, c sigma) = D(x, alpha, sigma): only the pair (alpha, sigma) matters, not the
+    path it lies on.
+    """
+
+    @abstractmethod
+    def forward(self, x: Tensor, alpha: Tensor, sigma: Tensor, **condition: Tensor) -> Tensor:
+        """E[x_0 | x].
+
+        Args:
+            x: (B, *S).
+            alpha, sigma: () or (B,), float64, not both 0.
+            condition: what the denoiser is conditioned on, each leading with B (`label`: (B,) int64 class indices).
+
+        Returns:
+            x_0: (B, *S) in x's dtype.
+        """
+
+
+class CountedDenoiser(Denoiser):
+    """Counts the evaluations of another denoiser: `rows` grows by B a call, so nfe = rows / number of samples.
+
+    Put inside a guidance that calls the network twice, it counts both.
+    """
+
+    def __init__(self, denoiser: Denoiser):
+        super().__init__()
+        self.denoiser, self.rows = denoiser, 0
+
+    def forward(self, x: Tensor, alpha: Tensor, sigma: Tensor, **condition: Tensor) -> Tensor:
+        self.rows += len(x)
+        return self.denoiser(x, alpha, sigma, **condition)

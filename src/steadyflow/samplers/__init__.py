@@ -1,0 +1,10 @@
+"""Samplers: noise in, samples of the data distribution out, by calling a denoiser. One class per method."""
+
+from steadyflow.samplers.ddim import DDIM
+from steadyflow.samplers.ddpm import DDPM
+from steadyflow.samplers.euler import Euler
+from steadyflow.samplers.heun import Heun
+from steadyflow.samplers.rk45 import RK45
+from steadyflow.samplers.sampler import OneStepSampler, Sampler
+
+__all__ = ["DDIM", "DDPM", "RK45", "Euler", "Heun", "OneStepSampler", "Sampler"]
