@@ -20,17 +20,13 @@ class GroupNorm(nn.GroupNorm):
 
     def __init__(self, channels: int):
         limit = max(1, min(32, channels // 4))
-        super().__init__(
-            max(g for g in range(1, limit + 1) if channels % g == 0), channels
-        )
+        super().__init__(max(g for g in range(1, limit + 1) if channels % g == 0), channels)
 
     def forward(self, x: Tensor) -> Tensor:
         if x.dtype not in (torch.bfloat16, torch.float16):
             return super().forward(x)
         weight, bias = self.weight.float(), self.bias.float()
-        return functional.group_norm(
-            x.float(), self.num_groups, weight, bias, self.eps
-        ).to(x.dtype)
+        return functional.group_norm(x.float(), self.num_groups, weight, bias, self.eps).to(x.dtype)
 
 
 class Resample(nn.Module):
@@ -42,11 +38,7 @@ class Resample(nn.Module):
     def __init__(self, channels: int, direction: str, conv: bool):
         super().__init__()
         self.up = direction == "up"
-        self.conv = (
-            nn.Conv2d(channels, channels, 3, stride=1 if self.up else 2, padding=1)
-            if conv
-            else None
-        )
+        self.conv = nn.Conv2d(channels, channels, 3, stride=1 if self.up else 2, padding=1) if conv else None
 
     def forward(self, x: Tensor) -> Tensor:
         if self.up:
@@ -82,24 +74,14 @@ class ResBlock(nn.Module):
             GroupNorm(channels),
             nn.Conv2d(channels, out_channels, 3, padding=1),
         )
-        self.condition = nn.Linear(
-            condition_dim, out_channels * (2 if scale_shift else 1)
-        )
+        self.condition = nn.Linear(condition_dim, out_channels * (2 if scale_shift else 1))
         self.norm2, self.conv2 = (
             GroupNorm(out_channels),
             zero(nn.Conv2d(out_channels, out_channels, 3, padding=1)),
         )
         self.dropout = nn.Dropout(dropout)
-        self.skip = (
-            nn.Identity()
-            if channels == out_channels
-            else nn.Conv2d(channels, out_channels, 1)
-        )
-        self.resample = (
-            nn.Identity()
-            if direction is None
-            else Resample(channels, direction, conv=False)
-        )
+        self.skip = nn.Identity() if channels == out_channels else nn.Conv2d(channels, out_channels, 1)
+        self.resample = nn.Identity() if direction is None else Resample(channels, direction, conv=False)
 
     def forward(self, x: Tensor, c: Tensor) -> Tensor:
         h = self.conv1(self.resample(functional.silu(self.norm1(x))))
@@ -109,9 +91,7 @@ class ResBlock(nn.Module):
             h = self.norm2(h) * (1 + a) + b
         else:
             h = self.norm2(h + c)
-        return self.skip(self.resample(x)) + self.conv2(
-            self.dropout(functional.silu(h))
-        )
+        return self.skip(self.resample(x)) + self.conv2(self.dropout(functional.silu(h)))
 
 
 class SelfAttention(nn.Module):
@@ -126,24 +106,16 @@ class SelfAttention(nn.Module):
     def __init__(self, channels: int, num_heads: int = 1):
         super().__init__()
         if num_heads < 1 or channels % num_heads:
-            raise ValueError(
-                f"{num_heads} attention heads do not divide {channels} channels"
-            )
+            raise ValueError(f"{num_heads} attention heads do not divide {channels} channels")
         self.num_heads = num_heads
         self.norm, self.qkv = GroupNorm(channels), nn.Linear(channels, 3 * channels)
         self.out = zero(nn.Linear(channels, channels))
 
     def forward(self, x: Tensor) -> Tensor:
         batch, channels, height, width = x.shape
-        tokens = (
-            self.norm(x).flatten(2).transpose(1, 2)
-        )  # (B, H W, C): no copy where x is channels_last
-        qkv = self.qkv(tokens).unflatten(
-            2, (3, self.num_heads, channels // self.num_heads)
-        )
+        tokens = self.norm(x).flatten(2).transpose(1, 2)  # (B, H W, C): no copy where x is channels_last
+        qkv = self.qkv(tokens).unflatten(2, (3, self.num_heads, channels // self.num_heads))
         q, k, v = qkv.permute(2, 0, 3, 1, 4)
-        h = functional.scaled_dot_product_attention(
-            q, k, v
-        )  # (B, heads, H W, C / heads)
+        h = functional.scaled_dot_product_attention(q, k, v)  # (B, heads, H W, C / heads)
         h = self.out(h.transpose(1, 2).flatten(2)).transpose(1, 2)
         return x + h.reshape(batch, channels, height, width)

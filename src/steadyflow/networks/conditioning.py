@@ -23,18 +23,14 @@ class SinusoidalTime(nn.Module):
     def __init__(self, dim: int, scale: float = 1000.0):
         super().__init__()
         if dim < 4 or dim % 2:
-            raise ValueError(
-                f"sinusoidal time features need an even dimension of at least 4, got {dim}"
-            )
-        self.half, self.scale = dim // 2, float(scale)
+            raise ValueError(f"sinusoidal time features need an even dimension of at least 4, got {dim}")
+        self.pairs, self.scale = dim // 2, float(scale)
 
     def forward(self, t: Tensor) -> Tensor:
         """(B,) -> (B, dim), in float32 at least: not a buffer, which `network.bfloat16()` would round."""
         t = t if t.dtype == torch.float64 else t.float()
-        k = torch.arange(self.half, dtype=t.dtype, device=t.device)
-        angle = t[:, None] * (
-            self.scale * torch.exp(k * (-math.log(10000) / (self.half - 1)))
-        )
+        k = torch.arange(self.pairs, dtype=t.dtype, device=t.device)
+        angle = t[:, None] * (self.scale * torch.exp(k * (-math.log(10000) / (self.pairs - 1))))
         return torch.cat([angle.sin(), angle.cos()], dim=1)
 
 
@@ -52,9 +48,7 @@ class Conditioning(nn.Module):
         num_classes: 0 for a network without labels.
     """
 
-    def __init__(
-        self, features: nn.Module, feature_dim: int, dim: int, num_classes: int = 0
-    ):
+    def __init__(self, features: nn.Module, feature_dim: int, dim: int, num_classes: int = 0):
         super().__init__()
         if num_classes < 0:
             raise ValueError(f"need num_classes >= 0, got {num_classes}")
@@ -70,16 +64,12 @@ class Conditioning(nn.Module):
                 only: on a GPU that would wait for the device), or is given to a network without classes.
         """
         if t.ndim != 1:
-            raise ValueError(
-                f"the network's time must have shape (B,), got {tuple(t.shape)}"
-            )
+            raise ValueError(f"the network's time must have shape (B,), got {tuple(t.shape)}")
         dtype = self.first.weight.dtype
         out = self.second(functional.silu(self.first(self.features(t).to(dtype))))
         if self.table is None:
             if label is not None:
-                raise ValueError(
-                    "a label was given to a network without classes: build it with num_classes > 0"
-                )
+                raise ValueError("a label was given to a network without classes: build it with num_classes > 0")
             return out
         if label is None:
             return out + self.table.weight[-1].to(out.dtype)
@@ -87,11 +77,7 @@ class Conditioning(nn.Module):
         return out + self.table(label).to(out.dtype)
 
     def _check(self, label: Tensor, batch: int) -> None:
-        if (
-            label.shape != (batch,)
-            or label.dtype.is_floating_point
-            or label.dtype == torch.bool
-        ):
+        if label.shape != (batch,) or label.dtype.is_floating_point or label.dtype == torch.bool:
             found = f"{tuple(label.shape)} {str(label.dtype).removeprefix('torch.')}"
             raise ValueError(f"label must be integers of shape ({batch},), got {found}")
         if label.device.type == "cpu" and not torch.compiler.is_compiling() and batch:

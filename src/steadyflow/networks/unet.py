@@ -10,8 +10,8 @@ from torch.utils.checkpoint import checkpoint
 
 from steadyflow.networks.blocks import (
     GroupNorm,
-    ResBlock,
     Resample,
+    ResBlock,
     SelfAttention,
     zero,
 )
@@ -21,9 +21,7 @@ from steadyflow.networks.conditioning import Conditioning, SinusoidalTime
 class Stage(nn.Module):
     """One step of the U-Net: a residual block with or without attention after it, or a plain change of resolution."""
 
-    def __init__(
-        self, block: ResBlock | Resample, attention: SelfAttention | None = None
-    ):
+    def __init__(self, block: ResBlock | Resample, attention: SelfAttention | None = None):
         super().__init__()
         self.block, self.attention = block, attention
 
@@ -93,20 +91,12 @@ class UNet(nn.Module):
         self.checkpoint_activations = checkpoint_activations
         self.divisor = patch_size * 2 ** (len(channel_mult) - 1)
         if image_size % self.divisor:
-            raise ValueError(
-                f"image_size {image_size} is not a multiple of {self.divisor}, which {self._why()}"
-            )
-        resolutions = [
-            image_size // patch_size // 2**level for level in range(len(channel_mult))
-        ]
+            raise ValueError(f"image_size {image_size} is not a multiple of {self.divisor}, which {self._why()}")
+        resolutions = [image_size // patch_size // 2**level for level in range(len(channel_mult))]
         if absent := sorted(set(attention_resolutions) - set(resolutions)):
-            raise ValueError(
-                f"no level has the attention resolution {absent[0]}: the levels are at {resolutions}"
-            )
+            raise ValueError(f"no level has the attention resolution {absent[0]}: the levels are at {resolutions}")
         if head_channels is not None and num_heads != 1:
-            raise ValueError(
-                f"give num_heads or head_channels, not both: got {num_heads} and {head_channels}"
-            )
+            raise ValueError(f"give num_heads or head_channels, not both: got {num_heads} and {head_channels}")
 
         width = 4 * model_channels
         features = SinusoidalTime(model_channels, time_scale)
@@ -117,36 +107,22 @@ class UNet(nn.Module):
             if head_channels is None:
                 return SelfAttention(channels, num_heads)
             if channels % head_channels:
-                raise ValueError(
-                    f"head_channels {head_channels} does not divide {channels} channels"
-                )
+                raise ValueError(f"head_channels {head_channels} does not divide {channels} channels")
             return SelfAttention(channels, channels // head_channels)
 
-        def block(
-            channels: int, out_channels: int, direction: str | None = None
-        ) -> ResBlock:
-            return ResBlock(
-                channels, out_channels, width, dropout, scale_shift_norm, direction
-            )
+        def block(channels: int, out_channels: int, direction: str | None = None) -> ResBlock:
+            return ResBlock(channels, out_channels, width, dropout, scale_shift_norm, direction)
 
         def resample(channels: int, direction: str) -> Stage:
             plain = Resample(channels, direction, conv=True)
-            return Stage(
-                block(channels, channels, direction) if resblock_updown else plain
-            )
+            return Stage(block(channels, channels, direction) if resblock_updown else plain)
 
         self.stem = nn.Conv2d(outer, model_channels, 3, padding=1)
         self.down, self.up = nn.ModuleList(), nn.ModuleList()
         channels, skips = model_channels, [model_channels]
-        for level, (mult, resolution) in enumerate(
-            zip(channel_mult, resolutions, strict=True)
-        ):
+        for level, (mult, resolution) in enumerate(zip(channel_mult, resolutions, strict=True)):
             for _ in range(num_res_blocks):
-                after = (
-                    attention(mult * model_channels)
-                    if resolution in attention_resolutions
-                    else None
-                )
+                after = attention(mult * model_channels) if resolution in attention_resolutions else None
                 self.down.append(Stage(block(channels, mult * model_channels), after))
                 channels = mult * model_channels
                 skips.append(channels)
@@ -159,17 +135,11 @@ class UNet(nn.Module):
                 Stage(block(channels, channels)),
             ]
         )
-        self.joins: list[
-            bool
-        ] = []  # for each stage of the way up: does it take an output of the way down?
+        self.joins: list[bool] = []  # for each stage of the way up: does it take an output of the way down?
         for level in reversed(range(len(channel_mult))):
             for _ in range(num_res_blocks + 1):
                 out = channel_mult[level] * model_channels
-                after = (
-                    attention(out)
-                    if resolutions[level] in attention_resolutions
-                    else None
-                )
+                after = attention(out) if resolutions[level] in attention_resolutions else None
                 self.up.append(Stage(block(channels + skips.pop(), out), after))
                 self.joins.append(True)
                 channels = out
@@ -177,18 +147,12 @@ class UNet(nn.Module):
                 self.up.append(resample(channels, "up"))
                 self.joins.append(False)
         self.norm = GroupNorm(channels)
-        self.head = zero(
-            nn.Conv2d(channels, outer * (2 if learned_sigma else 1), 3, padding=1)
-        )
+        self.head = zero(nn.Conv2d(channels, outer * (2 if learned_sigma else 1), 3, padding=1))
 
     def forward(self, x: Tensor, t: Tensor, label: Tensor | None = None) -> Tensor:
         self._check(x, t)
         c = functional.silu(self.conditioning(t, label))
-        h = self.stem(
-            x
-            if self.patch_size == 1
-            else functional.pixel_unshuffle(x, self.patch_size)
-        )
+        h = self.stem(x if self.patch_size == 1 else functional.pixel_unshuffle(x, self.patch_size))
         skips = [h]
         for stage in self.down:
             h = self._run(stage, h, c)
@@ -198,9 +162,7 @@ class UNet(nn.Module):
         for stage, joins in zip(self.up, self.joins, strict=True):
             h = self._run(stage, torch.cat([h, skips.pop()], dim=1) if joins else h, c)
         h = self.head(functional.silu(self.norm(h)))
-        return (
-            h if self.patch_size == 1 else functional.pixel_shuffle(h, self.patch_size)
-        )
+        return h if self.patch_size == 1 else functional.pixel_shuffle(h, self.patch_size)
 
     def _run(self, stage: nn.Module, h: Tensor, c: Tensor) -> Tensor:
         if self.checkpoint_activations and torch.is_grad_enabled():
@@ -209,18 +171,12 @@ class UNet(nn.Module):
 
     def _check(self, x: Tensor, t: Tensor) -> None:
         if x.ndim != 4 or x.shape[1] != self.in_channels:
-            raise ValueError(
-                f"the U-Net takes images (B, {self.in_channels}, H, W), got shape {tuple(x.shape)}"
-            )
+            raise ValueError(f"the U-Net takes images (B, {self.in_channels}, H, W), got shape {tuple(x.shape)}")
         if x.shape[2] % self.divisor or x.shape[3] % self.divisor:
             size = f"{x.shape[2]} x {x.shape[3]}"
-            raise ValueError(
-                f"images of {size} do not divide by {self.divisor}, which {self._why()}"
-            )
+            raise ValueError(f"images of {size} do not divide by {self.divisor}, which {self._why()}")
         if t.shape != (len(x),):
-            raise ValueError(
-                f"the network's time must have shape ({len(x)},), got {tuple(t.shape)}"
-            )
+            raise ValueError(f"the network's time must have shape ({len(x)},), got {tuple(t.shape)}")
 
     def _why(self) -> str:
         return "the number of levels and the patch size ask for"
