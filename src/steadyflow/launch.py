@@ -22,6 +22,7 @@ from hydra.core.utils import JobReturn
 from hydra.types import RunMode
 from omegaconf import DictConfig
 
+import steadyflow.jobs.record  # noqa: F401 - the resolver of hydra.run.dir
 from steadyflow.mistakes import Mistake, did_you_mean, explain, explain_composition
 
 RESULT = "STEADYFLOW_RESULT"  # set for a cell that runs in a process of its own: the file its outcome is written to
@@ -132,8 +133,8 @@ def launch(job: str, argv: list[str]) -> int:
             patch.object(JobReturn, "return_value", property(_return_value, vars(JobReturn)["return_value"].fset)),
         ):
             hydra_utils._run_hydra(arguments, arguments.parser, task, str(config_dir()), job)
-    except SystemExit as stop:  # after --help, --info ...
-        return stop.code if isinstance(stop.code, int) else 0
+    except SystemExit as stop:  # after --help; Hydra ends with 1 where --cfg --package names nothing
+        return 2 if arguments.cfg and stop.code else stop.code if isinstance(stop.code, int) else 0
     except Crash as crash:
         print(crash, file=sys.stderr)
         return 1

@@ -5,8 +5,11 @@ import re
 import traceback
 from pathlib import Path
 
-from hydra import compose, initialize_config_dir
+from hydra._internal.config_loader_impl import ConfigLoaderImpl
+from hydra._internal.utils import create_config_search_path
+from hydra.core.config_search_path import SearchPathQuery
 from hydra.errors import CompactHydraException, InstantiationException, MissingConfigException, OverrideParseException
+from hydra.types import RunMode
 from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
@@ -20,8 +23,8 @@ class Mistake(Exception):
 
 
 def did_you_mean(word: str, known: list[str]) -> str:
-    """' Did you mean ...?' with the known words near to `word`, or nothing."""
-    near = difflib.get_close_matches(word, known, n=3, cutoff=0.6)
+    """' Did you mean ...?' with the known words nearest to `word`, or nothing."""
+    near = difflib.get_close_matches(word, known, n=2, cutoff=0.65)
     return f" Did you mean {' or '.join(near)}?" if near else ""
 
 
@@ -100,20 +103,18 @@ def _explain_missing(error: MissingConfigException) -> str:
 
 def _explain_key(key: str, overrides: list[str], config_name: str, configs: Path, config_dir: str | None) -> str:
     """A key that the config does not have, with the keys it has that look like it."""
-    others = [o for o in overrides if not o.lstrip("+~").startswith((key, "hydra.mode"))]
+    sources = create_config_search_path(str(configs))
     if config_dir is not None:
-        others.append(f"hydra.searchpath=[{Path(config_dir).resolve().as_uri()}]")
-    config = None
-    with initialize_config_dir(str(configs), version_base="1.3"):
-        for attempt in (others, []):  # another override may be wrong too
-            try:
-                config = compose(config_name, attempt, return_hydra_config=True)
-                break
-            except (CompactHydraException, OmegaConfBaseException):
-                continue
-    hint = ""
+        sources.prepend("command-line", Path(config_dir).resolve().as_uri(), SearchPathQuery(provider="schema"))
+    loader, config, hint = ConfigLoaderImpl(sources), None, ""
+    for attempt in ([o for o in overrides if not o.lstrip("+~").startswith((key, "hydra.mode"))], []):
+        try:
+            config = loader.load_configuration(config_name, attempt, RunMode.RUN)
+            break
+        except CompactHydraException:  # another override is wrong too
+            continue
     if config is not None:
-        known = _keys(config) + [choice.partition("@")[0] for choice in config.hydra.runtime.choices]
+        known = list({*_keys(config), *(choice.partition("@")[0] for choice in config.hydra.runtime.choices)})
         hint = did_you_mean(key, known)
         if not hint:  # the right name in the wrong place
             leaf = key.rpartition(".")[2]
@@ -141,5 +142,5 @@ def _flat(message: object) -> str:
     dropped = ("object_type=", "reference_type=", "full_key: ", "Set the environment", "Are you sure")
     kept = [line for line in lines if line and not line.startswith(dropped)]
     key = re.search(r"full_key: (\S+)", str(message))
-    text = " ".join(kept) or type(message).__name__
+    text = re.sub(r"^\w+ raised while resolving interpolation: ", "", " ".join(kept)) or type(message).__name__
     return f"{text} (at {key[1]})" if key and key[1] not in text else text
