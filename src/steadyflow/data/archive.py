@@ -1,6 +1,7 @@
 """The image files of a folder or of a zip, by name."""
 
 import io
+import json
 import os
 import zipfile
 from pathlib import Path
@@ -59,6 +60,14 @@ class ImageArchive:
 
     def __len__(self) -> int:
         return len(self.names)
+
+    def classes(self) -> dict[str, int] | None:
+        """The class of each file by name, where a dataset.json beside them has `labels` [[name, class], ...] (EDM's)."""
+        try:
+            text = self._opened().read("dataset.json") if self.zipped else (self.path / "dataset.json").read_bytes()
+            return {str(name): int(label) for name, label in json.loads(text)["labels"]}
+        except (OSError, KeyError, ValueError, TypeError):  # none, or a file of another kind
+            return None
 
     def where(self, i: int) -> str:
         """File i as an error message names it."""

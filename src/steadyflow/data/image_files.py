@@ -45,7 +45,8 @@ def open_images(path: str | os.PathLike[str]) -> "ImageFiles":
 class ImageFiles:
     """Images of one size on disk, in the order of their files.
 
-    Attributes: `index` (N,) int64, each image's own number; `shape` (C, H, W).
+    Attributes: `index` (N,) int64, each image's own number; `shape` (C, H, W); `label` (N,) int64, each image's class, or
+    None unless every file says (`label` in an npz, `labels` of a zip's dataset.json).
     """
 
     def __init__(self, parts: "Sequence[Part]"):
@@ -62,6 +63,8 @@ class ImageFiles:
             twice = values[counts.argmax()]
             files = [part.where for part in self.parts if twice in part.index]
             raise ValueError(f"image {twice} is there twice, in {files[0]} and {files[-1]}; remove one of them")
+        labels = [part.label for part in self.parts if part.label is not None]
+        self.label = np.concatenate(labels) if len(labels) == len(self.parts) else None
         self.channels = max(part.channels for part in self.parts)
         self.shape = (self.channels, *first.size)
 
@@ -95,10 +98,11 @@ class ImageFiles:
 
 
 class Part(Protocol):
-    """One file or folder of images: its name for messages, its images' numbers, size (H, W) and channels."""
+    """One file or folder of images: its name for messages, its images' numbers, classes, size (H, W) and channels."""
 
     where: str
     index: np.ndarray
+    label: np.ndarray | None
     size: tuple[int, int]
     channels: int
 
@@ -122,6 +126,9 @@ class NpzPart:
                 self.index = arrays["index"] if "index" in arrays.files else np.arange(shape[0])
                 if self.index.shape != shape[:1] or self.index.dtype != np.int64:
                     raise ValueError(f"`index` is {self.index.dtype} {self.index.shape} for {shape[0]} images")
+                self.label = arrays["label"].astype(np.int64) if "label" in arrays.files else None
+                if self.label is not None and self.label.shape != shape[:1]:
+                    raise ValueError(f"`label` is {self.label.shape} for {shape[0]} images")
         except (ValueError, OSError, EOFError, zipfile.BadZipFile) as error:
             raise ValueError(
                 f"{path} cannot be read as images: {error}; expected an npz of `images` uint8 (n, H, W, 1 or 3) and "
@@ -159,6 +166,9 @@ class ArchivePart:
         numbers = {int(stem) for stem in stems if stem.isascii() and stem.isdigit()}
         numbered = len(numbers) == len(stems)
         self.index = np.array([int(stem) for stem in stems] if numbered else range(len(stems)), np.int64)
+        classes = self.files.classes()
+        known = classes is not None and all(name in classes for name in self.files.names)
+        self.label = np.array([classes[name] for name in self.files.names], np.int64) if classes and known else None
 
     def reader(self, channels: int) -> Reader:
         return lambda rows: np.stack([self.files.pixels(int(i), channels) for i in rows])
