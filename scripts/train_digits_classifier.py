@@ -3,7 +3,7 @@
     python scripts/train_digits_classifier.py digits_net.safetensors
 
 Adam with a one-cycle rate, label smoothing 0.05, 60 epochs of 1597 images; each batch is rotated (10 degrees), shifted
-(2 pixels) and scaled (10 %) at random. Prints the accuracy on the 200 held-out images, which take no part in any choice.
+(2 pixels) and scaled (10 %) at random. Prints the accuracy on the 200 held-out images, which take no part in a choice.
 The weights in the package are fixed: new ones make every FID and KID with these features incomparable to the old.
 """
 

@@ -31,7 +31,7 @@ class DigitsNet(FeatureExtractor):
         ValueError: the shipped file has another hash than the one recorded here.
     """
 
-    name, dim, resize = "digits", 64, "none"
+    name, dim, classes, resize = "digits", 64, 10, "none"
 
     def __init__(self, weights: str | Path | None = None):
         super().__init__()

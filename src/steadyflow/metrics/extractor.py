@@ -17,12 +17,14 @@ class FeatureExtractor(nn.Module, ABC):
     Attributes:
         name: how `protocol` calls it.
         dim: length of a feature vector.
+        classes: number K of the classifier's outputs, 0 without a classifier.
         resize: how an image is brought to the network's input size ("none" where it is taken as it is).
         sha256: of the weights file, so that statistics made with other weights are never mixed in.
     """
 
     name: str
     dim: int
+    classes: int
     resize: str
     sha256: str
 

@@ -1,0 +1,66 @@
+"""`steadyflow evaluate`: scores images on disk."""
+
+import json
+import logging
+import math
+from pathlib import Path
+from typing import Any
+
+import torch
+from hydra.core.hydra_config import HydraConfig
+from hydra.utils import instantiate
+from omegaconf import DictConfig
+from rich.console import Console
+from rich.table import Table
+
+from steadyflow.callbacks.evaluation import Evaluation
+from steadyflow.data import open_images
+from steadyflow.jobs import record
+
+log = logging.getLogger(__name__)
+
+
+def run(cfg: DictConfig) -> dict[str, Any]:
+    """Scores cfg.images, writes metrics.json and prints a table.
+
+    Returns:
+        What metrics.json holds: numbers by name (None where one cannot be had), `protocol`, `reason`.
+
+    Raises:
+        FileNotFoundError: no images there.
+        ValueError: too few images for a metric, images of different sizes, pairs that do not match; or not one metric
+            that can be had.
+    """
+    directory = Path(HydraConfig.get().runtime.output_dir)
+    if "_target_" not in (cfg.callbacks.get("evaluation") or {}) or not cfg.callbacks.evaluation.metrics:
+        raise ValueError(
+            "no metric is chosen; set callbacks, e.g. callbacks=default or callbacks=[fid,precision_recall]"
+        )
+    images = open_images(cfg.images)
+    target = None if cfg.paired_with is None else open_images(cfg.paired_with)
+    evaluation: Evaluation = instantiate(cfg.callbacks.evaluation)
+    if target is not None and not any("target" in metric.needs for metric in evaluation.metrics.values()):
+        raise ValueError("paired_with is set, but no metric of pairs is chosen; add one, e.g. callbacks=paired")
+    record.claim(directory, cfg)
+    device = ("cuda" if torch.cuda.is_available() else "cpu") if cfg.device == "auto" else cfg.device
+    results = evaluation.evaluator(device).score(images, target, strict=True)
+    record.write_text(directory / "metrics.json", json.dumps(results, indent=2) + "\n")
+    Console().print(table(results))
+    if all(value is None for key, value in results.items() if key not in ("protocol", "reason")):
+        raise ValueError("no metric could be had: " + "; ".join(f"{k}: {v}" for k, v in results["reason"].items()))
+    log.info("%s", directory / "metrics.json")
+    return results
+
+
+def table(results: dict[str, Any]) -> Table:
+    """A row per metric: its number, with the spread beside it, and what it was compared with or why there is none."""
+    rows = Table("metric", "value", "protocol", title="evaluation")
+    for key, value in results.items():
+        if key in ("protocol", "reason") or key.endswith("_std"):
+            continue
+        spread = results.get(f"{key}_std")
+        number = "-" if value is None else f"{value:.4g}"
+        number += f" +- {spread:.2g}" if spread is not None and math.isfinite(spread) else ""
+        protocol = {k: v for k, v in results["protocol"].get(key, {}).items() if k != "features_sha256"}
+        rows.add_row(key, number, results["reason"].get(key) or ", ".join(f"{k} {v}" for k, v in protocol.items()))
+    return rows
