@@ -1,0 +1,129 @@
+"""What a checkpoint is once loaded, those that ship with the package, and the exact one of a dataset."""
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from steadyflow.checkpoints.files import load_parts
+from steadyflow.checkpoints.nodes import nearest
+from steadyflow.denoisers import Denoiser, Empirical, GaussianMixture
+from steadyflow.paths import GaussianPath
+
+PACKAGE = Path(__file__).parent
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A denoiser and what one has to know to use it.
+
+    Attributes:
+        name: what to call it: the embedded name, or the directory it came from.
+        denoiser: in eval mode.
+        path: the path it was trained on, and is sampled on unless the sampler names another.
+        shape: S of one sample, (C, H, W) or (D,).
+        num_classes: 0 without labels; else label num_classes is the null label.
+        sha256: of the weights; of an exact denoiser, of the dataset's fingerprint and the path.
+        card: how it was made: config, seed, steps, git revision, metrics.
+    """
+
+    name: str
+    denoiser: Denoiser
+    path: GaussianPath
+    shape: tuple[int, ...]
+    num_classes: int
+    sha256: str
+    card: dict[str, Any] = field(default_factory=dict)
+
+    def check(self, shape: Sequence[int], dataset: str) -> None:
+        """That this checkpoint makes samples of a dataset's shape.
+
+        Raises:
+            ValueError: it does not.
+        """
+        if tuple(shape) != self.shape:
+            raise ValueError(
+                f"checkpoint {self.name} makes samples of shape {self.shape}, but dataset {dataset} has "
+                f"{tuple(shape)}; choose the dataset it was trained on, or another checkpoint"
+            )
+
+
+def load(file: str | Path, sha256: str | None = None, trusted: Sequence[str] = ()) -> Checkpoint:
+    """A checkpoint from its directory; no code of the file's is run (see `files.py` and `nodes.py`).
+
+    Args:
+        file: the directory (model.safetensors, config.yaml, card.md), or a train run's, whose model/ is taken.
+        sha256: what the weights' hash must be, beyond agreeing with config.yaml.
+        trusted: module prefixes, beyond this package's networks, paths and denoisers, whose classes may be built.
+
+    Raises:
+        FileNotFoundError: the directory or one of its files is missing.
+        ValueError: a file is truncated, edited or of another kind: which, with the hash expected and found, or the
+            nearest right name.
+    """
+    return Checkpoint(str(file), *load_parts(Path(file).expanduser(), sha256, trusted))
+
+
+def embedded_names() -> list[str]:
+    """The checkpoints that ship with the package."""
+    return sorted(p.parent.name for p in PACKAGE.glob("*/config.yaml"))
+
+
+def embedded(name: str) -> Checkpoint:
+    """A checkpoint that ships with the package.
+
+    Raises:
+        ValueError: no such name; says which there are. And as `load`.
+    """
+    names = embedded_names()
+    if name not in names:
+        there = f"there are {', '.join(names)}" if names else "this installation has none"
+        raise ValueError(f"no embedded checkpoint {name!r}: {there}{nearest(name, names)}")
+    return replace(load(PACKAGE / name), name=name)
+
+
+class Dataset(Protocol):
+    """What `analytic` asks of a dataset."""
+
+    name: str
+    shape: tuple[int, ...]
+    num_classes: int
+    fingerprint: str
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: int) -> tuple[Tensor, int]: ...
+
+
+def analytic(dataset: Dataset, path: GaussianPath) -> Checkpoint:
+    """The exact denoiser of a dataset: no network, no error of training.
+
+    A dataset with `means`, `covariances` and `weights` is the Gaussian mixture itself; any other is the empirical
+    distribution of its items, per class where it has classes, whose samples are the items themselves: what a network
+    that memorised them perfectly would do.
+
+    Raises:
+        ValueError: an empty dataset, or one with a class that no item has.
+    """
+    denoiser: Denoiser
+    if all(hasattr(dataset, name) for name in ("means", "covariances", "weights")):
+        denoiser, num_classes = GaussianMixture(dataset.means, dataset.covariances, dataset.weights), 0  # type: ignore[attr-defined]
+        kind = "Gaussian mixture"
+    else:
+        if len(dataset) == 0:
+            raise ValueError(f"dataset {dataset.name} is empty: it has no exact denoiser")
+        items = [dataset[i] for i in range(len(dataset))]
+        num_classes = dataset.num_classes
+        labels = torch.tensor([label for _, label in items]) if num_classes else None
+        denoiser = Empirical(torch.stack([x for x, _ in items]), labels)
+        kind = "empirical distribution"
+    arguments = {k: v for k, v in vars(path).items() if isinstance(v, int | float)}
+    identity = f"{kind} {dataset.fingerprint} {type(path).__name__} {arguments}"
+    sha256 = hashlib.sha256(identity.encode()).hexdigest()
+    card = {"exact denoiser of": f"{dataset.name} ({kind}, {len(dataset)} items)", "fingerprint": dataset.fingerprint}
+    name = f"analytic ({dataset.name})"
+    return Checkpoint(name, denoiser.eval(), path, tuple(dataset.shape), num_classes, sha256, card)

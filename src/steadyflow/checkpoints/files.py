@@ -1,0 +1,211 @@
+"""A checkpoint on disk: a directory of three files, none of which holds code.
+
+model.safetensors   the network's state dict
+config.yaml         network, path and denoiser as {_target_, arguments}, shape, num_classes, and two sha256:
+                    of the weights file, and of these entries themselves
+card.md             how it was made; its front matter is the card as data
+"""
+
+import hashlib
+import json
+import os
+import re
+from collections.abc import Collection, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import safetensors
+import safetensors.torch
+import torch
+import yaml
+from torch import Tensor, nn
+
+from steadyflow.checkpoints.nodes import build, nearest
+from steadyflow.denoisers import NetworkDenoiser
+from steadyflow.paths import GaussianPath
+
+WEIGHTS, CONFIG, CARD = "model.safetensors", "config.yaml", "card.md"
+NODES = ("network", "path", "denoiser")
+ENTRIES = (*NODES, "shape", "num_classes", "sha256", "config_sha256")
+Parts = tuple[NetworkDenoiser, GaussianPath, tuple[int, ...], int, str, dict[str, Any]]
+
+
+def save(
+    directory: str | Path,
+    denoiser: NetworkDenoiser,
+    nodes: Mapping[str, Any],
+    shape: Sequence[int],
+    num_classes: int,
+    card: Mapping[str, Any],
+    dtype: torch.dtype | None = None,
+) -> None:
+    """Writes a checkpoint, each file whole or absent, config.yaml last.
+
+    Args:
+        directory: made where it is missing; files of an earlier save are replaced.
+        denoiser: whose network's weights are saved.
+        nodes: plain data {"network", "path", "denoiser"}, each {"_target_": ..., arguments}, from which `load` builds
+            the denoiser again: what they build is compared with `denoiser` before anything is written.
+        shape: S of one sample.
+        num_classes: 0 without labels.
+        card: plain data; config, seed, steps, git revision, metrics.
+        dtype: of the floating-point weights in the file, as torch.float16; None keeps theirs. `load` gives float32
+            (float64 for float64 weights).
+
+    Raises:
+        ValueError: nodes that build another denoiser, or data that is not plain.
+    """
+    directory = Path(directory)
+    config: dict[str, Any] = {key: nodes.get(key) for key in NODES}
+    config |= {"shape": [int(n) for n in shape], "num_classes": int(num_classes)}
+    if unknown := sorted(set(nodes) - set(NODES)):
+        raise ValueError(f"a checkpoint has no node {unknown[0]!r}{nearest(unknown[0], NODES)}")
+    state = {key: value.detach().cpu().contiguous().clone() for key, value in denoiser.network.state_dict().items()}
+    again = _build(config, "nodes", trusted=None)
+    _check_state(again.network, state, "the network that the nodes build, against the one to save")
+    t = torch.linspace(0.05, 0.95, 10, dtype=torch.float64)
+    if type(again) is not type(denoiser) or not torch.equal(torch.stack(again.path(t)), torch.stack(denoiser.path(t))):
+        raise ValueError(
+            f"the nodes build {_describe(again)}, but the denoiser to save is {_describe(denoiser)} with other settings"
+        )
+    if dtype is not None:
+        state = {key: value.to(dtype) if value.is_floating_point() else value for key, value in state.items()}
+    weights = safetensors.torch.save(state)
+    config["sha256"] = hashlib.sha256(weights).hexdigest()
+    try:
+        config["config_sha256"] = _config_hash(config)
+        pages = [yaml.safe_dump(page, sort_keys=False, width=120) for page in (config, dict(card))]
+    except (TypeError, yaml.YAMLError) as error:
+        raise ValueError(f"nodes and card must be plain data (dict, list, str, number, bool, None): {error}") from error
+    directory.mkdir(parents=True, exist_ok=True)
+    _write(directory / WEIGHTS, weights)
+    _write(directory / CARD, _render(directory.name, pages[1], card).encode())
+    _write(directory / CONFIG, pages[0].encode())
+
+
+def load_parts(directory: Path, sha256: str | None, trusted: Collection[str]) -> Parts:
+    """What a checkpoint directory holds; see `checkpoint.load`."""
+    if not (directory / CONFIG).is_file() and (directory / "model" / CONFIG).is_file():
+        directory = directory / "model"
+    for name in (CONFIG, WEIGHTS):
+        if not (directory / name).is_file():
+            raise FileNotFoundError(
+                f"no checkpoint in {directory}: {name} is missing; give a directory that `steadyflow train` wrote"
+            )
+    config = _read_config(directory / CONFIG)
+    file = directory / WEIGHTS
+    data = file.read_bytes()
+    found = hashlib.sha256(data).hexdigest()
+    for expected, source in ((config["sha256"], CONFIG), (sha256, "the caller")):
+        if expected is not None and found != expected:
+            raise ValueError(
+                f"{file} is truncated or edited: {source} expects sha256 {expected}, found {found} "
+                f"({len(data)} bytes); fetch or save it again"
+            )
+    try:
+        state = safetensors.torch.load(data)
+    except safetensors.SafetensorError as error:
+        pickled = data[:4] == b"PK\x03\x04" or data[:1] == b"\x80"
+        kind = "a pickle, which can hold code and is never loaded" if pickled else str(error)
+        raise ValueError(f"{file} is no safetensors file: {kind}") from error
+    denoiser = _build(config, str(directory / CONFIG), trusted)
+    _check_state(denoiser.network, state, str(file))
+    if any(value.dtype == torch.float64 for value in state.values()):
+        denoiser.double()
+    denoiser.network.load_state_dict(state)
+    shape = tuple(int(n) for n in config["shape"])
+    return denoiser.eval(), denoiser.path, shape, int(config["num_classes"]), found, _read_card(directory / CARD)
+
+
+def _build(config: Mapping[str, Any], where: str, trusted: Collection[str] | None) -> NetworkDenoiser:
+    with torch.random.fork_rng(devices=[]):  # initial weights are drawn, and nobody should notice
+        network = build(config["network"], f"{where}: network", trusted)
+        path = build(config["path"], f"{where}: path", trusted)
+        denoiser = build(config["denoiser"], f"{where}: denoiser", trusted, network=network, path=path)
+    for key, value, kind in (
+        ("network", network, nn.Module),
+        ("path", path, GaussianPath),
+        ("denoiser", denoiser, NetworkDenoiser),
+    ):
+        if not isinstance(value, kind):
+            raise ValueError(f"{where}: {key}: {config[key]['_target_']} is no {kind.__name__}")
+    return denoiser
+
+
+def _read_config(file: Path) -> dict[str, Any]:
+    """config.yaml, its entries complete and as they were saved."""
+    try:
+        config = yaml.safe_load(file.read_text())
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ValueError(f"{file} is no YAML: {' '.join(str(error).split())}") from error
+    if not isinstance(config, dict):
+        raise ValueError(f"{file} must hold a mapping with {', '.join(ENTRIES)}")
+    unknown = [str(key) for key in config if key not in ENTRIES]
+    if missing := [key for key in ENTRIES if key not in config]:
+        raise ValueError(f"{file} lacks {missing[0]!r}" + (f", and has {unknown[0]!r} instead" if unknown else ""))
+    if unknown:
+        raise ValueError(f"{file} has the unknown entry {unknown[0]!r}{nearest(unknown[0], ENTRIES)}")
+    found = _config_hash(config)
+    if found != config["config_sha256"]:
+        raise ValueError(
+            f"{file} is truncated or edited: its config_sha256 is {config['config_sha256']}, found {found}; if the "
+            "edit is yours, put the hash found in its place"
+        )
+    return config
+
+
+def _config_hash(config: Mapping[str, Any]) -> str:
+    """sha256 of all entries but itself, in canonical JSON."""
+    entries = {key: value for key, value in config.items() if key != "config_sha256"}
+    return hashlib.sha256(json.dumps(entries, sort_keys=True).encode()).hexdigest()
+
+
+def _check_state(network: nn.Module, state: Mapping[str, Tensor], where: str) -> None:
+    """That a state dict has the network's keys and shapes."""
+    wanted = network.state_dict()
+    missing, unexpected = sorted(wanted.keys() - state.keys()), sorted(state.keys() - wanted.keys())
+    if missing:
+        raise ValueError(f"{where}: {len(missing)} weights are missing, first {missing[0]}{nearest(missing[0], state)}")
+    if unexpected:
+        first = unexpected[0]
+        raise ValueError(f"{where}: {len(unexpected)} weights are unexpected, first {first}{nearest(first, wanted)}")
+    for key, value in wanted.items():
+        if state[key].shape != value.shape:
+            found, expected = tuple(state[key].shape), tuple(value.shape)
+            raise ValueError(f"{where}: weight {key} has shape {found}, the network of config.yaml has {expected}")
+
+
+def _describe(denoiser: NetworkDenoiser) -> str:
+    return f"{type(denoiser).__name__} of {type(denoiser.network).__name__} on {type(denoiser.path).__name__}"
+
+
+def _write(file: Path, data: bytes) -> None:
+    temporary = file.with_name(f".{file.name}.{os.getpid()}")
+    try:
+        temporary.write_bytes(data)
+        temporary.replace(file)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _render(name: str, front: str, card: Mapping[str, Any]) -> str:
+    """The model card: front matter, then the same for the eye, the config left to the front matter."""
+    lines = [f"---\n{front}---\n\n# {name}\n"]
+    lines += [f"- {key}: {value}" for key, value in card.items() if not isinstance(value, Mapping)]
+    for key, value in card.items():
+        if isinstance(value, Mapping) and key != "config":
+            lines += [f"\n## {key}\n\n| | |\n|---|---|"]
+            lines += [f"| {k} | {f'{v:.5g}' if isinstance(v, float) else v} |" for k, v in value.items()]
+    return "\n".join(lines) + "\n"
+
+
+def _read_card(file: Path) -> dict[str, Any]:
+    """The front matter of card.md; empty where there is none, since a card is only read by people."""
+    front = re.match(r"---\n(.*?)^---$", file.read_text(), re.DOTALL | re.MULTILINE) if file.is_file() else None
+    if front is None:
+        return {}
+    try:
+        card = yaml.safe_load(front[1])
+    except yaml.YAMLError as error:
+        raise ValueError(f"{file}: its front matter is no YAML: {' '.join(str(error).split())}") from error
+    return card if isinstance(card, dict) else {}

@@ -1,0 +1,81 @@
+"""Objects from plain data {_target_, arguments}, for files that may come from anybody."""
+
+import difflib
+import importlib
+import inspect
+from collections.abc import Collection
+from typing import Any
+
+TRUSTED = ("steadyflow.networks", "steadyflow.paths", "steadyflow.denoisers")
+
+
+def nearest(word: str, known: Collection[str]) -> str:
+    """'; did you mean ...?' with the known word nearest to `word`, or nothing."""
+    near = difflib.get_close_matches(word, list(known), n=1, cutoff=0.5)
+    return f"; did you mean {near[0]}?" if near else ""
+
+
+def build(node: Any, where: str, trusted: Collection[str] | None = (), **given: Any) -> Any:
+    """The object that a node describes: its class called with its other entries and with `given`.
+
+    Nodes among the arguments are built too. Only classes are called, and only those defined in the modules (or in
+    modules below those) of TRUSTED and `trusted`, so that reading a stranger's file runs none of the stranger's code.
+
+    Args:
+        node: {"_target_": "package.module.Class", argument: plain data or node, ...}.
+        where: what an error says first: the file and the key.
+        trusted: module prefixes trusted beyond TRUSTED; None trusts every module.
+        given: arguments that are not in the node.
+
+    Raises:
+        ValueError: what is wrong with the node, with the nearest right name.
+    """
+    if not isinstance(node, dict) or not isinstance(node.get("_target_"), str):
+        raise ValueError(f"{where} must be a mapping with a _target_, got {node!r}")
+    cls = _resolve(node["_target_"], where, trusted)
+    known = inspect.signature(cls).parameters
+    arguments = {}
+    for key, value in node.items():
+        if key == "_target_":
+            continue
+        if key in given or key not in known:
+            raise ValueError(f"{where}: {node['_target_']} takes no {key!r} here{nearest(str(key), known)}")
+        nested = isinstance(value, dict) and "_target_" in value
+        arguments[key] = build(value, f"{where}.{key}", trusted) if nested else value
+    required = {k for k, p in known.items() if p.default is p.empty and p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)}
+    if missing := sorted(required - arguments.keys() - given.keys()):
+        raise ValueError(f"{where}: {node['_target_']} needs {', '.join(missing)}")
+    try:
+        return cls(**arguments, **given)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{where}: {node['_target_']} refuses its arguments: {error}") from error
+
+
+def _resolve(target: str, where: str, trusted: Collection[str] | None) -> type:
+    """The class of a dotted name, if it is trusted."""
+    module, _, name = target.rpartition(".")
+    if not _is_trusted(module, trusted):
+        hint = nearest(target, [f"{prefix}.{name}" for prefix in TRUSTED for name in _classes(prefix)])
+        prefix = module.partition(".")[0] or target
+        raise ValueError(
+            f"{where}: _target_ {target} is outside {', '.join(TRUSTED)}{hint or ';'} if the class is yours, or you "
+            f"trust whoever wrote it, load with trusted=['{prefix}']"
+        )
+    try:
+        found = getattr(importlib.import_module(module), name, None)
+    except ModuleNotFoundError as error:
+        raise ValueError(f"{where}: _target_ {target} cannot be found: {error}") from error
+    if not isinstance(found, type) or not _is_trusted(found.__module__, trusted):
+        raise ValueError(f"{where}: {module} has no class {name!r}{nearest(name, _classes(module))}")
+    return found
+
+
+def _is_trusted(module: str, trusted: Collection[str] | None) -> bool:
+    return trusted is None or any(f"{module}.".startswith(f"{prefix}.") for prefix in (*TRUSTED, *trusted) if prefix)
+
+
+def _classes(module: str) -> list[str]:
+    """The public classes that a module defines or exports."""
+    package = module.partition(".")[0]
+    members = inspect.getmembers(importlib.import_module(module), inspect.isclass)
+    return [name for name, cls in members if not name.startswith("_") and cls.__module__.partition(".")[0] == package]
