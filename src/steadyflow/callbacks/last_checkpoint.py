@@ -20,7 +20,7 @@ class AtomicCheckpointIO(TorchCheckpointIO):
     def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
         path = Path(path)
         path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+        temporary = path.with_name(f".{path.name}.tmp")  # one name: what a killed run left is overwritten
         with temporary.open("wb") as file:
             torch.save(checkpoint, file)
             file.flush()
@@ -71,7 +71,7 @@ class LastCheckpoint(Checkpoint):
         total = torch.stack([p.detach().sum() for p in pl_module.parameters()]).sum()
         if not total.isfinite():
             raise FloatingPointError(f"the weights are not finite after step {step}; {self.path} is from before")
-        trainer.save_checkpoint(self.path)
+        trainer.save_checkpoint(self.path, weights_only=False)
         self._saved = step
         if self.interrupted:
             trainer.should_stop = True

@@ -61,7 +61,7 @@ class TrainingBatches:
         pin: pin the memory of a batch, for copies to a GPU.
 
     Raises:
-        ValueError: an empty dataset, or a batch size that A x R does not divide.
+        ValueError: an empty dataset, no steps, or a batch size that A x R does not divide.
     """
 
     def __init__(
@@ -81,6 +81,8 @@ class TrainingBatches:
         self.size = len(dataset)  # type: ignore[arg-type]
         if self.size == 0:
             raise ValueError("the training set is empty")
+        if steps < 1:
+            raise ValueError(f"max_steps must be a positive integer, got {steps}")
         if batch_size < 1 or batch_size % (accumulate * world):
             raise ValueError(
                 f"batch_size {batch_size} must be a positive multiple of {accumulate * world}: it counts the samples "
@@ -102,8 +104,13 @@ class TrainingBatches:
         self.given = state["given"]
 
     def __iter__(self) -> Iterator[Batch]:
-        jobs = [(step,) for step in range(self.given, len(self))]
-        loader = DataLoader(_Micro(self), sampler=jobs, batch_size=None, num_workers=self.workers, pin_memory=self.pin)  # type: ignore[arg-type]
+        loader = DataLoader(
+            _Micro(self),
+            sampler=range(self.given, len(self)),
+            batch_size=None,
+            num_workers=self.workers,
+            pin_memory=self.pin,
+        )  # type: ignore[arg-type]
         for batch in loader:
             self.given += 1
             yield batch
@@ -135,8 +142,8 @@ class _Micro(Dataset[Batch]):
     def __init__(self, batches: TrainingBatches):
         self.batches = batches
 
-    def __getitem__(self, step: tuple[int]) -> Batch:
-        return self.batches.batch(step[0])
+    def __getitem__(self, step: int) -> Batch:
+        return self.batches.batch(step)
 
 
 class HeldOutBatches:

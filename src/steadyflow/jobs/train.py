@@ -10,7 +10,9 @@ import torch
 from hydra.core.hydra_config import HydraConfig
 from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
+from torch import nn
 
+from steadyflow import checkpoints
 from steadyflow.callbacks.last_checkpoint import AtomicCheckpointIO, LastCheckpoint
 from steadyflow.denoisers import NetworkDenoiser
 from steadyflow.jobs import record
@@ -35,7 +37,7 @@ def run(cfg: DictConfig) -> dict[str, Any]:
     denoiser = build(cfg, train)
     record.claim(directory, cfg, inputs={"dataset": train.fingerprint}, ignore=("workers", "save_every", "compile"))
 
-    num_classes = denoiser.network.num_classes
+    num_classes = classes(denoiser.network)
     if cfg.channels_last:
         denoiser.network.to(memory_format=torch.channels_last)
     if cfg.compile:
@@ -115,20 +117,27 @@ def build(cfg: DictConfig, dataset: Any) -> NetworkDenoiser:
         ValueError: the network does not fit the dataset's shape or classes.
     """
     network = instantiate(cfg.network)
-    if network.num_classes not in (0, dataset.num_classes):
+    num_classes = classes(network)
+    if num_classes not in (0, dataset.num_classes):
         raise ValueError(
-            f"the network has {network.num_classes} classes and the dataset {dataset.name} {dataset.num_classes}; set "
+            f"the network has {num_classes} classes and the dataset {dataset.name} {dataset.num_classes}; set "
             f"network.num_classes={dataset.num_classes}, or 0 for an unconditional network"
         )
     denoiser: NetworkDenoiser = instantiate(cfg.prediction, network=network, path=instantiate(cfg.path))
     x, t = torch.zeros(1, *dataset.shape), torch.full((1,), 0.5, dtype=torch.float64)
+    condition = {"label": torch.zeros(1, dtype=torch.int64)} if num_classes else {}
     try:
         with torch.no_grad():
-            denoiser.eval().output(x, t)
+            denoiser.eval().output(x, t, **condition)
     except (ValueError, RuntimeError) as error:
         raise ValueError(f"the network does not take the dataset's shape {tuple(dataset.shape)}: {error}") from error
     denoiser.train()
     return denoiser
+
+
+def classes(network: nn.Module) -> int:
+    """How many classes a network is conditioned on: its `num_classes`, 0 where it has none."""
+    return int(getattr(network, "num_classes", 0))
 
 
 def saved_step(last: Path) -> int:
@@ -140,16 +149,17 @@ def export(directory: Path, cfg: DictConfig, denoiser: NetworkDenoiser, dataset:
     """Writes model/: the weights, what rebuilds the denoiser, and the card."""
     if cfg.channels_last:
         denoiser.network.to(memory_format=torch.contiguous_format)
-    start = json.loads((directory / "run.json").read_text())["starts"][-1]
+    starts = json.loads((directory / "run.json").read_text())["starts"]
+    git = [f"{g['revision']}{' and uncommitted changes' if g['modified'] else ''}" for s in starts if (g := s["git"])]
+    config: Any = OmegaConf.to_container(cfg, resolve=True)
     card = {
         "trained on": f"{dataset.name} (train split, {len(dataset)} items, fingerprint {dataset.fingerprint})",
         "steps": cfg.max_steps,
         "seed": cfg.seed,
-        "git": start["git"],
-        "versions": start["versions"],
+        "git revision": ", then ".join(dict.fromkeys(git)) or None,
+        "versions": starts[0]["versions"],
         "metrics": metrics,
-        "config": OmegaConf.to_container(cfg, resolve=True),
+        "config": config,
     }
-    from steadyflow import checkpoints
-
-    checkpoints.save(directory / "model", denoiser.eval(), dataset.shape, denoiser.network.num_classes, card)
+    nodes = {"network": config["network"], "path": config["path"], "denoiser": config["prediction"]}
+    checkpoints.save(directory / "model", denoiser.eval(), nodes, dataset.shape, classes(denoiser.network), card)

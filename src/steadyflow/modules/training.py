@@ -38,6 +38,7 @@ class DenoiserTraining(L.LightningModule):
 
     Raises:
         FloatingPointError: when a loss is not finite; names the step.
+        ValueError: settings out of range, or a precision that would round the times.
     """
 
     def __init__(
@@ -78,6 +79,11 @@ class DenoiserTraining(L.LightningModule):
         self.log("val/loss", self._loss(batch), prog_bar=True, sync_dist=True, batch_size=len(batch.x0))
 
     def _loss(self, batch: Batch) -> Tensor:
+        if batch.u.dtype != torch.float64:
+            raise ValueError(
+                f"the trainer's precision rounds training times to {batch.u.dtype}; set trainer.precision to "
+                "bf16-mixed, 16-mixed, 32-true or 64-true"
+            )
         x0 = batch.x0.contiguous(memory_format=torch.channels_last) if self.channels_last else batch.x0
         condition = {}
         if self.num_classes:
