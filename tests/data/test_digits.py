@@ -51,9 +51,13 @@ def test_size_8_is_the_original():
 def test_items_one_by_one_and_in_a_batch():
     test = Digits("test")
     x, label = test[7]
-    assert torch.equal(x, from_uint8(test.images[7])) and label == test.labels[7] and x.abs().max() <= 1
+    assert torch.equal(x, from_uint8(test.images[7]))
+    assert label == test.labels[7]
+    assert x.abs().max() <= 1
     for (x, label), (y, other) in zip(test.__getitems__([5, 0, 199]), [test[i] for i in (5, 0, 199)], strict=True):
-        assert torch.equal(x, y) and label == other and isinstance(label, int)
+        assert torch.equal(x, y)
+        assert label == other
+        assert isinstance(label, int)
 
 
 @pytest.mark.parametrize(

@@ -40,8 +40,11 @@ def test_shards_come_back_bit_for_bit_over_shard_borders(tmp_path, write, channe
     for path in (tmp_path, tmp_path / "samples"):
         files = open_images(path)
         read_index, read = everything(files, 5)
-        assert torch.equal(read_index, index) and torch.equal(read, images)
-        assert np.array_equal(files.index, index.numpy()) and files.shape == (channels, 6, 5) and len(files) == 23
+        assert torch.equal(read_index, index)
+        assert torch.equal(read, images)
+        assert np.array_equal(files.index, index.numpy())
+        assert files.shape == (channels, 6, 5)
+        assert len(files) == 23
 
 
 @pytest.mark.parametrize("world", [1, 2, 3, 7])
@@ -94,14 +97,16 @@ def test_grey_stays_single_channel_and_one_colour_image_makes_all_rgb(tmp_path):
     save(tmp_path / "0.png", grey[0])
     save(tmp_path / "1.png", grey[1], "LA")
     Image.fromarray(grey[2]).convert("1").save(tmp_path / "2.png")
-    index, read = everything(open_images(tmp_path))
-    assert read.shape[1] == 1 and np.array_equal(read[:2, 0].numpy(), grey[:2])
+    _index, read = everything(open_images(tmp_path))
+    assert read.shape[1] == 1
+    assert np.array_equal(read[:2, 0].numpy(), grey[:2])
     assert set(read[2].unique().tolist()) <= {0, 255}
     colour = noise_images(1, 3, seed=4)[0].permute(1, 2, 0).numpy()
     alpha = np.dstack([colour, np.zeros(colour.shape[:2], np.uint8)])
     save(tmp_path / "3.png", alpha)
     _, read = everything(open_images(tmp_path))
-    assert read.shape[1] == 3 and np.array_equal(read[0].numpy(), np.stack([grey[0]] * 3))
+    assert read.shape[1] == 3
+    assert np.array_equal(read[0].numpy(), np.stack([grey[0]] * 3))
     assert np.array_equal(read[3].permute(1, 2, 0).numpy(), colour)  # the alpha channel is dropped, not blended
 
 
@@ -117,7 +122,8 @@ def test_an_npz_without_index_in_the_layout_of_published_batches(tmp_path):
     images = noise_images(5)
     np.savez(tmp_path / "batch.npz", arr_0=images.permute(0, 2, 3, 1).numpy())
     index, read = everything(open_images(tmp_path / "batch.npz"), 2)
-    assert index.tolist() == [0, 1, 2, 3, 4] and torch.equal(read, images)
+    assert index.tolist() == [0, 1, 2, 3, 4]
+    assert torch.equal(read, images)
 
 
 def test_different_sizes_are_refused_with_both_names(tmp_path):
@@ -217,7 +223,8 @@ def test_a_forked_reader_has_its_own_place_in_the_zip(tmp_path):
     archive = open_images(write_png_zip(tmp_path, torch.arange(4), noise_images(4))).parts[0].files
     before = archive._opened()
     archive._owner = os.getpid() + 1  # as a child sees it
-    assert archive.read(0)[:4] == b"\x89PNG" and archive._opened() is not before
+    assert archive.read(0)[:4] == b"\x89PNG"
+    assert archive._opened() is not before
 
 
 def test_cifar_jpegs_match_pillow():
@@ -228,7 +235,8 @@ def test_cifar_jpegs_match_pillow():
     index, images = next(files.batches(4, (3, 1000)))
     with zipfile.ZipFile(path) as file:
         names = sorted(file.namelist())
-        assert len(files) == len(names) == 10_000 and files.shape == (3, 32, 32)
+        assert len(files) == len(names) == 10_000
+        assert files.shape == (3, 32, 32)
         for i, image in zip(index.tolist(), images, strict=True):
             expected = np.asarray(Image.open(file.open(names[i])))
             assert np.array_equal(image.permute(1, 2, 0).numpy(), expected)

@@ -18,7 +18,8 @@ def test_a_shard_is_a_plain_npz(tmp_path, channels):
     assert path == tmp_path / "new" / "00000012.npz"
     with np.load(path) as arrays:
         assert set(arrays.files) == {"images", "index"}
-        assert arrays["images"].dtype == np.uint8 and arrays["index"].dtype == np.int64
+        assert arrays["images"].dtype == np.uint8
+        assert arrays["index"].dtype == np.int64
         assert np.array_equal(arrays["images"], images.permute(0, 2, 3, 1).numpy())
         assert arrays["index"].tolist() == [12, 13, 20]
 
@@ -42,7 +43,8 @@ def test_an_interrupted_write_leaves_the_old_file(tmp_path):
 
     with pytest.raises(KeyboardInterrupt):
         interrupted()
-    assert path.read_text() == "old" and list(tmp_path.iterdir()) == [path]
+    assert path.read_text() == "old"
+    assert list(tmp_path.iterdir()) == [path]
 
 
 @pytest.mark.parametrize("channels", [1, 3])

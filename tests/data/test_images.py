@@ -36,7 +36,8 @@ def test_fingerprint_depends_on_content_alone():
         InMemoryImages("a", "train", images, 1 - labels, 2).fingerprint,
         InMemoryImages("a", "train", images.reshape(4, 1, 4, 3), labels, 2).fingerprint,
     }
-    assert len(changed) == 3 and first not in changed
+    assert len(changed) == 3
+    assert first not in changed
 
 
 def test_floats_or_missing_labels_are_refused():

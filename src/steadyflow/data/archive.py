@@ -62,7 +62,7 @@ class ImageArchive:
         return len(self.names)
 
     def classes(self) -> dict[str, int] | None:
-        """The class of each file by name, where a dataset.json beside them has `labels` [[name, class], ...] (EDM's)."""
+        """The class of each file by name, where a dataset.json beside them has `labels` [[name, class], ...] (EDM)."""
         try:
             text = self._opened().read("dataset.json") if self.zipped else (self.path / "dataset.json").read_bytes()
             return {str(name): int(label) for name, label in json.loads(text)["labels"]}

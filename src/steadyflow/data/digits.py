@@ -2,7 +2,6 @@
 
 import numpy as np
 import torch
-from sklearn.datasets import load_digits
 
 from steadyflow.data.images import InMemoryImages, check_split
 
@@ -31,6 +30,8 @@ class Digits(InMemoryImages):
     def __init__(self, split: str = "train", size: int = 32):
         if size < 8:
             raise ValueError(f"size must be at least 8, the digits' own; got {size}")
+        from sklearn.datasets import load_digits  # here: it takes longer to import than the digits to load
+
         grey, labels = load_digits(return_X_y=True)
         held_out = held_out_indices(labels)
         index = held_out if check_split(split) == "test" else np.setdiff1d(np.arange(len(labels)), held_out)

@@ -45,8 +45,8 @@ def open_images(path: str | os.PathLike[str]) -> "ImageFiles":
 class ImageFiles:
     """Images of one size on disk, in the order of their files.
 
-    Attributes: `index` (N,) int64, each image's own number; `shape` (C, H, W); `label` (N,) int64, each image's class, or
-    None unless every file says (`label` in an npz, `labels` of a zip's dataset.json).
+    Attributes: `index` (N,) int64, each image's own number; `shape` (C, H, W); `label` (N,) int64, each image's class,
+    or None unless every file says (`label` in an npz, `labels` of a zip's dataset.json).
     """
 
     def __init__(self, parts: "Sequence[Part]"):

@@ -43,7 +43,7 @@ def write_shard(directory: Path, index: Tensor, images: Tensor, label: Tensor | 
     directory.mkdir(parents=True, exist_ok=True)
     path = directory / f"{int(index[0]):08d}.npz"
     with whole_file(path) as temporary, temporary.open("wb") as file:
-        np.savez(file, images=images.numpy().transpose(0, 2, 3, 1), index=index.numpy(), **labels)
+        np.savez(file, images=images.numpy().transpose(0, 2, 3, 1), index=index.numpy(), allow_pickle=False, **labels)
     return path
 
 
