@@ -125,7 +125,7 @@ def test_a_train_run_is_its_model(saved: Path, tmp_path: Path) -> None:
 
 def test_the_card_is_readable(saved: Path) -> None:
     text = (saved / "card.md").read_text()
-    assert "\n# it\n" in text
+    assert "\n# Model card\n" in text
     assert "- steps: 10\n" in text
     assert "| fid | 1.25 |" in text
     (saved / "card.md").write_text("# nothing\n---\na: 1\n---\n")

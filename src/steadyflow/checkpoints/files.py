@@ -79,7 +79,7 @@ def save(
         raise ValueError(f"nodes and card must be plain data (dict, list, str, number, bool, None): {error}") from error
     directory.mkdir(parents=True, exist_ok=True)
     _write(directory / WEIGHTS, weights)
-    _write(directory / CARD, _render(directory.name, pages[1], card).encode())
+    _write(directory / CARD, _render(pages[1], card).encode())
     _write(directory / CONFIG, pages[0].encode())
 
 
@@ -188,9 +188,9 @@ def _write(file: Path, data: bytes) -> None:
         temporary.unlink(missing_ok=True)
 
 
-def _render(name: str, front: str, card: Mapping[str, Any]) -> str:
+def _render(front: str, card: Mapping[str, Any]) -> str:
     """The model card: front matter, then the same for the eye, the config left to the front matter."""
-    lines = [f"---\n{front}---\n\n# {name}\n"]
+    lines = [f"---\n{front}---\n\n# Model card\n"]
     lines += [f"- {key}: {value}" for key, value in card.items() if not isinstance(value, Mapping)]
     for key, value in card.items():
         if isinstance(value, Mapping) and key != "config":
