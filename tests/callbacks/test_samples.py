@@ -122,7 +122,8 @@ def test_vectors_are_drawn_over_the_data(tmp_path):
 
 
 class Scores(L.Callback):
-    results = {"fid": 3.5, "kid": None, "protocol": {"fid": {"count": 7}}, "reason": {"kid": "too few"}}
+    def __init__(self):
+        self.results = {"fid": 3.5, "kid": None, "protocol": {"fid": {"count": 7}}, "reason": {"kid": "too few"}}
 
 
 def finish(directory, index, loggers=False, callbacks=(), **options):

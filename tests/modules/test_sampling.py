@@ -37,7 +37,7 @@ def predict(module, **options):
         "enable_model_summary": False,
     }
     L.Trainer(accelerator="cpu", callbacks=[collect], **quiet, **options).predict(module, return_predictions=False)
-    x, index = (torch.cat([getattr(b, name) for b in collect.batches]) for name in ("x", "index"))
+    x, index = (torch.cat([getattr(b, name) for b in collect.batches]) for name in ("x", "indices"))
     return x[index.argsort()], collect.batches
 
 
@@ -86,11 +86,11 @@ def test_a_label_that_cannot_be_is_refused(mode, classes, message):
 def test_processes_share_the_samples_out(n, batch_size, world):
     index = torch.arange(100, 100 + n)
     shares = [list(IndexBatches(index, index % 7, batch_size, rank, world)) for rank in range(world)]
-    given = torch.cat([batch.index for share in shares for batch in share])
+    given = torch.cat([batch.indices for share in shares for batch in share])
     assert sorted(given.tolist()) == index.tolist()
     for share in shares:
         assert share  # the hooks at the end run on every process
-        assert all(len(batch.index) <= batch_size and (batch.label == batch.index % 7).all() for batch in share)
+        assert all(len(batch.indices) <= batch_size and (batch.label == batch.indices % 7).all() for batch in share)
     assert max(map(len, shares)) <= min(map(len, shares)) + 1
 
 
@@ -99,7 +99,7 @@ def test_samples_do_not_depend_on_the_batch_size():
     whole, _ = predict(sampling(batch_size=32, label=label, num_classes=3))
     for batch_size in (1, 5):
         x, batches = predict(sampling(batch_size=batch_size, label=label, num_classes=3))
-        assert {len(b.index) for b in batches} == {batch_size, 11 % batch_size} - {0}
+        assert {len(b.indices) for b in batches} == {batch_size, 11 % batch_size} - {0}
         torch.testing.assert_close(x, whole, rtol=0, atol=1e-6)
     assert ((whole - MEANS[label]).norm(dim=1) < 0.6).all()  # each in its own mode, of standard deviation < 0.18
 

@@ -58,9 +58,8 @@ class SampleResults(L.Callback):
         self.files.draw(grid, self.columns, self.reference)
 
         file = self.files.directory / "metrics.json"
-        found = [
-            r for callback in trainer.callbacks if callback is not self and (r := getattr(callback, "results", None))
-        ]
+        others = [callback for callback in trainer.callbacks if callback is not self]  # type: ignore[attr-defined]
+        found = [results for callback in others if (results := getattr(callback, "results", None))]
         if made:
             run = self.protocol | {"devices": trainer.world_size, "batch_size": module.batch_size}
             found.append(

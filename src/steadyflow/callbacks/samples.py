@@ -61,16 +61,16 @@ class SampleFiles:
     def write(self, samples: Samples) -> None:
         """Writes a batch, whole or not at all."""
         if self.vector:
-            arrays = {"samples": samples.x, "index": samples.index}
+            arrays = {"samples": samples.x, "index": samples.indices}
             arrays |= {} if samples.label is None else {"label": samples.label}
             self.folder.mkdir(parents=True, exist_ok=True)
-            file = self.folder / f"{int(samples.index[0]):08d}.npz"
+            file = self.folder / f"{int(samples.indices[0]):08d}.npz"
             with whole_file(file) as temporary, temporary.open("wb") as out:
                 np.savez(out, **{name: array.numpy() for name, array in arrays.items()})  # type: ignore[arg-type]
         elif self.format == "png":
-            write_png_zip(self.folder, samples.index, samples.x)
+            write_png_zip(self.folder, samples.indices, samples.x)
         else:
-            write_shard(self.folder, samples.index, samples.x, samples.label)
+            write_shard(self.folder, samples.indices, samples.x, samples.label)
 
     def vectors(self) -> tuple[np.ndarray, np.ndarray, np.ndarray | None]:
         """(index (N,), samples (N, D), label (N,) or None) of vector samples, sorted by index."""
@@ -160,7 +160,7 @@ class SampleWriter(L.Callback):
         batch_idx: int,
         dataloader_idx: int = 0,
     ) -> None:
-        if len(outputs.index):
+        if len(outputs.indices):
             self.files.write(outputs)
 
     def on_predict_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:

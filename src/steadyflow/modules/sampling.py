@@ -21,14 +21,14 @@ LABELS = 2**33  # the Philox counter of random labels, beyond the steps of sampl
 class Indices(NamedTuple):
     """What a batch is made from: the samples' numbers (B,) int64 and their classes (B,) int64, or None."""
 
-    index: Tensor
+    indices: Tensor
     label: Tensor | None
 
 
 class Samples(NamedTuple):
     """A finished batch on the CPU: numbers (B,), classes (B,) or None, and x (B, C, H, W) uint8 or (B, D) float32."""
 
-    index: Tensor
+    indices: Tensor
     label: Tensor | None
     x: Tensor
 

@@ -1,0 +1,93 @@
+"""`steadyflow sample`: samples of a checkpoint, scored and drawn."""
+
+import logging
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+from hydra.core.hydra_config import HydraConfig
+from hydra.utils import instantiate
+from omegaconf import DictConfig
+
+from steadyflow.callbacks.progress import StepProgress
+from steadyflow.callbacks.results import SampleResults
+from steadyflow.callbacks.samples import SampleFiles, SampleWriter
+from steadyflow.checkpoints import Checkpoint
+from steadyflow.jobs import record
+from steadyflow.modules.sampling import Sampling, class_labels
+
+log = logging.getLogger(__name__)
+
+
+def run(cfg: DictConfig) -> dict[str, Any]:
+    """Makes the samples 0..num_samples-1 that are not there yet and writes
+
+        samples/        npz shards (images uint8 (n, H, W, C), index, label) or, format=png, one zip
+        grid.png        the first of them
+        metrics.json    fid, kid, nfe, seconds_per_image ... with their protocol
+        run.json        config, versions, git state, hardware, precision; logs/ the logger's
+
+    A start in the directory of a killed run makes what is missing, and the files come out the same.
+
+    Returns:
+        What metrics.json holds.
+
+    Raises:
+        ValueError: a checkpoint that does not fit the dataset or the label asked for, or a directory used otherwise.
+        FloatingPointError: a network returned NaN: which samples, at which step, and how many are finished and kept.
+    """
+    cfg = record.resumed(cfg)
+    directory = Path(HydraConfig.get().runtime.output_dir)
+    if not (isinstance(cfg.num_samples, int) and cfg.num_samples >= 1):
+        raise ValueError(f"num_samples must be at least 1, got {cfg.num_samples}")
+    dataset = instantiate(cfg.dataset)
+    checkpoint: Checkpoint = instantiate(cfg.checkpoint)
+    checkpoint.check(dataset.shape, dataset.name)
+    index = torch.arange(cfg.num_samples)
+    label = class_labels(cfg.label, index, checkpoint.num_classes, cfg.seed)
+    own = "path" not in cfg.sampler or cfg.sampler.path is not None
+    sampler = instantiate(cfg.sampler, **({} if own else {"path": checkpoint.path}))
+    files = SampleFiles(directory, cfg.format, vector=len(checkpoint.shape) == 1)
+    again = record.claim(directory, cfg, inputs={"checkpoint": checkpoint.sha256}, ignore=("batch_size",))
+
+    if record.is_first_process():
+        files.tidy()
+    finished = torch.from_numpy(files.index())
+    missing = index[~torch.isin(index, finished)]
+    if again:
+        log.info("%s: %d of %d samples were there already", directory, len(finished), len(index))
+    module = Sampling(
+        checkpoint.denoiser.eval(),
+        sampler,
+        checkpoint.shape,
+        cfg.seed,
+        missing,
+        None if label is None else label[missing],
+        batch_size=cfg.batch_size,
+        guidance_scale=cfg.guidance_scale,
+        num_classes=checkpoint.num_classes,
+    )
+    results = SampleResults(
+        files,
+        columns=checkpoint.num_classes if cfg.label in ("auto", "balanced") and checkpoint.num_classes <= 16 else None,
+        reference=torch.stack([dataset[i][0] for i in range(min(len(dataset), 10000))]) if files.vector else None,
+        protocol={"sampler": type(sampler).__name__, "guidance_scale": cfg.guidance_scale},
+    )
+    callbacks = [*(instantiate(cfg.callbacks) or {}).values()]
+    trainer = instantiate(
+        cfg.trainer,
+        logger=instantiate(cfg.logger) or False,
+        callbacks=[SampleWriter(files, label), *callbacks, results, StepProgress()],
+        enable_progress_bar=cfg.trainer.get("enable_progress_bar", sys.stdout.isatty()),
+        enable_checkpointing=False,
+    )
+    try:
+        trainer.predict(module, return_predictions=False)
+    except FloatingPointError as error:
+        kept = f"{len(files.index())} of {len(index)} samples are finished and kept in {files.folder}"
+        raise FloatingPointError(f"{error}; {kept}") from error
+    if trainer.is_global_zero:
+        shown = {k: v for k, v in results.results.items() if isinstance(v, float)}
+        log.info("%s: %s", directory, ", ".join(f"{k} {v:.4g}" for k, v in shown.items()))
+    return results.results
