@@ -17,7 +17,7 @@ class GaussianMixtureSamples(InMemoryPoints):
 
     Args:
         means: (K, D).
-        covariances: (K, D, D), or (K, D) for diagonal ones (variances), or a number: that variance in every direction.
+        covariances: (K, D, D), or (K, D) for diagonal ones, or (K,) for isotropic ones, or one variance for all.
         weights: (K,), positive; brought to sum 1. None: equal.
         split: train or test, of independent samples.
         count: how many samples.
@@ -44,13 +44,15 @@ class GaussianMixtureSamples(InMemoryPoints):
             raise ValueError(f"means must be (K, D), got {tuple(self.means.shape)}")
         modes, dim = self.means.shape
         covariances = torch.as_tensor(covariances, dtype=torch.float64)
-        self.covariances = covariances.expand(modes, dim) if covariances.ndim == 0 else covariances
+        if covariances.shape in ((), (modes,)):
+            covariances = covariances.expand(modes)[:, None].expand(modes, dim)
+        self.covariances = covariances
         self.weights = torch.ones(modes) if weights is None else torch.as_tensor(weights)
         self.weights = self.weights.double() / self.weights.double().sum()
         if self.covariances.shape not in ((modes, dim), (modes, dim, dim)) or self.weights.shape != (modes,):
             raise ValueError(
-                f"for means {modes, dim} covariances must be a number, {modes, dim} or {modes, dim, dim} and weights "
-                f"({modes},); got {tuple(self.covariances.shape)} and {tuple(self.weights.shape)}"
+                f"for means {modes, dim} covariances must be a number, ({modes},), {modes, dim} or "
+                f"{modes, dim, dim} and weights ({modes},); got {tuple(self.covariances.shape)} and {tuple(self.weights.shape)}"
             )
         full = self.covariances if self.covariances.ndim == 3 else torch.diag_embed(self.covariances)
         roots, failed = torch.linalg.cholesky_ex(full)

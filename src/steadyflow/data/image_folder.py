@@ -109,8 +109,7 @@ class ImageFolder(Dataset[tuple[Tensor, int]]):
         row, (channels, size, _) = int(self.index[i]), self.shape
         image = self.archive.image(row, channels)
         if self.resize is not None:
-            scale = size / min(image.size)
-            width, height = (max(size, int(scale * side + 1e-9)) for side in image.size)
+            width, height = (int(size * side / min(image.size)) for side in image.size)
             image = image.resize((width, height), Image.Resampling[self.resize.upper()])
         elif min(image.size) < size:
             raise ValueError(
