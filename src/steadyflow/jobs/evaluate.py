@@ -33,9 +33,7 @@ def run(cfg: DictConfig) -> dict[str, Any]:
     """
     directory = Path(HydraConfig.get().runtime.output_dir)
     if "_target_" not in (cfg.callbacks.get("evaluation") or {}) or not cfg.callbacks.evaluation.metrics:
-        raise ValueError(
-            "no metric is chosen; set callbacks, e.g. callbacks=default or callbacks=[fid,precision_recall]"
-        )
+        raise ValueError("no metric is chosen; set callbacks, e.g. callbacks=default or callbacks=[fid,accuracy]")
     images = open_images(cfg.images)
     target = None if cfg.paired_with is None else open_images(cfg.paired_with)
     evaluation: Evaluation = instantiate(cfg.callbacks.evaluation)
@@ -53,14 +51,16 @@ def run(cfg: DictConfig) -> dict[str, Any]:
 
 
 def table(results: dict[str, Any]) -> Table:
-    """A row per metric: its number, with the spread beside it, and what it was compared with or why there is none."""
-    rows = Table("metric", "value", "protocol", title="evaluation")
+    """A row per metric: its number with its spread, and what it was compared with or why there is none."""
+    shown = ("count", "features", "resize", "reference", "subset_size", "k", "splits", "data_range", "window")
+    rows = Table("metric", "value", "", title="evaluation")
     for key, value in results.items():
         if key in ("protocol", "reason") or key.endswith("_std"):
             continue
         spread = results.get(f"{key}_std")
         number = "-" if value is None else f"{value:.4g}"
         number += f" +- {spread:.2g}" if spread is not None and math.isfinite(spread) else ""
-        protocol = {k: v for k, v in results["protocol"].get(key, {}).items() if k != "features_sha256"}
-        rows.add_row(key, number, results["reason"].get(key) or ", ".join(f"{k} {v}" for k, v in protocol.items()))
+        protocol = results["protocol"].get(key, {})
+        said = ", ".join(f"{k} {protocol[k]}" for k in shown if protocol.get(k) not in (None, "none"))
+        rows.add_row(key, number, results["reason"].get(key, said).split(";")[0])
     return rows

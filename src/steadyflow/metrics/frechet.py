@@ -34,6 +34,8 @@ class FrechetDistance(StoredMetric):
 
     def __init__(self, bootstrap: int = 50, seed: int = 0):
         super().__init__()
+        if bootstrap < 0 or bootstrap == 1:
+            raise ValueError(f"fid: bootstrap must be 0 (no fid_std) or at least 2 resamples, got {bootstrap}")
         self.bootstrap, self.seed = bootstrap, seed
         self.reference: tuple[Tensor, Tensor] | None = None
         self.source = ""
