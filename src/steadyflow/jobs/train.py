@@ -152,6 +152,8 @@ def export(directory: Path, cfg: DictConfig, denoiser: NetworkDenoiser, dataset:
     starts = json.loads((directory / "run.json").read_text())["starts"]
     git = [f"{g['revision']}{' and uncommitted changes' if g['modified'] else ''}" for s in starts if (g := s["git"])]
     config: Any = OmegaConf.to_container(cfg, resolve=True)
+    for key in (*record.IGNORED, "callbacks"):  # where and how it ran, not what it is
+        config.pop(key, None)
     card = {
         "trained on": f"{dataset.name} (train split, {len(dataset)} items, fingerprint {dataset.fingerprint})",
         "steps": cfg.max_steps,
