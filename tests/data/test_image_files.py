@@ -126,6 +126,19 @@ def test_an_npz_without_index_in_the_layout_of_published_batches(tmp_path):
     assert torch.equal(read, images)
 
 
+def test_labels_are_there_if_every_file_has_them(tmp_path):
+    write_shard(tmp_path / "a", torch.tensor([4, 5]), noise_images(2), torch.tensor([7, 1]))
+    write_shard(tmp_path / "a", torch.tensor([6]), noise_images(1), torch.tensor([3]))
+    assert open_images(tmp_path / "a").label.tolist() == [7, 1, 3]
+    write_shard(tmp_path / "a", torch.tensor([9]), noise_images(1))
+    assert open_images(tmp_path / "a").label is None
+    path = write_png_zip(tmp_path / "b", torch.tensor([4, 5]), noise_images(2))
+    assert open_images(path).label is None
+    with zipfile.ZipFile(path, "a") as file:
+        file.writestr("dataset.json", '{"labels": [["00000005.png", 8], ["00000004.png", 2]]}')
+    assert open_images(path).label.tolist() == [2, 8]
+
+
 def test_different_sizes_are_refused_with_both_names(tmp_path):
     save(tmp_path / "x" / "first.png", np.zeros((4, 6, 3), np.uint8))
     save(tmp_path / "x" / "second.png", np.zeros((6, 4, 3), np.uint8))

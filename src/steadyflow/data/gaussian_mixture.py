@@ -51,8 +51,8 @@ class GaussianMixtureSamples(InMemoryPoints):
         self.weights = self.weights.double() / self.weights.double().sum()
         if self.covariances.shape not in ((modes, dim), (modes, dim, dim)) or self.weights.shape != (modes,):
             raise ValueError(
-                f"for means {modes, dim} covariances must be a number, ({modes},), {modes, dim} or "
-                f"{modes, dim, dim} and weights ({modes},); got {tuple(self.covariances.shape)} and {tuple(self.weights.shape)}"
+                f"for means {modes, dim} covariances must be a number, ({modes},), {modes, dim} or {modes, dim, dim} "
+                f"and weights ({modes},); got {tuple(self.covariances.shape)} and {tuple(self.weights.shape)}"
             )
         full = self.covariances if self.covariances.ndim == 3 else torch.diag_embed(self.covariances)
         roots, failed = torch.linalg.cholesky_ex(full)

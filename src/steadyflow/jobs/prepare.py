@@ -55,7 +55,8 @@ def check(dataset: Any, batch_size: int = 256, workers: int = 0) -> dict[str, An
     """
     counts = torch.zeros(max(dataset.num_classes, 1), dtype=torch.int64)
     low, high, total, square, numbers, first = float("inf"), -float("inf"), 0.0, 0.0, 0, 0
-    with Progress(console=Console(stderr=True), transient=True) as progress:
+    console = Console(stderr=True)
+    with Progress(console=console, transient=True, disable=not console.is_terminal) as progress:
         task = progress.add_task(f"reading {dataset.name} {dataset.split}", total=len(dataset))
         for x, label in DataLoader(dataset, batch_size, num_workers=workers):
             where = f"{dataset.name} {dataset.split}, items {first} to {first + len(x) - 1}"
