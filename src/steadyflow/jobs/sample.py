@@ -49,21 +49,13 @@ def run(cfg: DictConfig) -> dict[str, Any]:
     own = "path" not in cfg.sampler or cfg.sampler.path is not None
     sampler = instantiate(cfg.sampler, **({} if own else {"path": checkpoint.path}))
     files = SampleFiles(directory, cfg.format, vector=len(checkpoint.shape) == 1)
-    again = record.claim(directory, cfg, inputs={"checkpoint": checkpoint.sha256}, ignore=("batch_size",))
-
-    if record.is_first_process():
-        files.tidy()
-    finished = torch.from_numpy(files.index())
-    missing = index[~torch.isin(index, finished)]
-    if again:
-        log.info("%s: %d of %d samples were there already", directory, len(finished), len(index))
     module = Sampling(
-        checkpoint.denoiser.eval(),
+        checkpoint.denoiser,
         sampler,
         checkpoint.shape,
         cfg.seed,
-        missing,
-        None if label is None else label[missing],
+        index,
+        label,
         batch_size=cfg.batch_size,
         guidance_scale=cfg.guidance_scale,
         num_classes=checkpoint.num_classes,
@@ -82,6 +74,12 @@ def run(cfg: DictConfig) -> dict[str, Any]:
         enable_progress_bar=cfg.trainer.get("enable_progress_bar", sys.stdout.isatty()),
         enable_checkpointing=False,
     )
+    if record.claim(directory, cfg, inputs={"checkpoint": checkpoint.sha256}, ignore=("batch_size",)):
+        if record.is_first_process():
+            files.tidy()
+        finished = torch.from_numpy(files.index())
+        module.skip(finished)
+        log.info("%s: %d of %d samples were there already", directory, len(finished), len(index))
     try:
         trainer.predict(module, return_predictions=False)
     except FloatingPointError as error:

@@ -105,7 +105,7 @@ class Sampling(L.LightningModule):
     time spent and the samples made in it, warm-up left out; `progress`, called with the fraction of the batch done.
 
     Raises:
-        ValueError: batch_size < 1, or guidance without classes to guide to.
+        ValueError: batch_size < 1, a negative seed, or guidance without classes to guide to.
         FloatingPointError: from the sampler, naming the samples and the step.
     """
 
@@ -123,6 +123,7 @@ class Sampling(L.LightningModule):
         num_classes: int = 0,
     ):
         super().__init__()
+        NoiseSource(seed, index[:1], shape)  # raises for a seed that cannot be
         if batch_size < 1:
             raise ValueError(f"batch_size must be at least 1, got {batch_size}")
         if guidance_scale != 1 and (label is None or bool((label == num_classes).any())):
@@ -138,6 +139,11 @@ class Sampling(L.LightningModule):
         self.index, self.label, self.batch_size = index, label, int(batch_size)
         self.progress: Progress | None = None
         self.made, self.timed, self.seconds = 0, 0, 0.0
+
+    def skip(self, finished: Tensor) -> None:
+        """Leaves out the samples of these numbers."""
+        missing = ~torch.isin(self.index, finished)
+        self.index, self.label = self.index[missing], None if self.label is None else self.label[missing]
 
     def predict_dataloader(self) -> IndexBatches:
         return IndexBatches(self.index, self.label, self.batch_size, self.trainer.global_rank, self.trainer.world_size)
