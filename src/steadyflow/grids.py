@@ -137,7 +137,7 @@ class Karras(Grid):
 class Indices(Grid):
     """A subset of the indices 0..T-1 of a discrete DDPM schedule, index i standing at t = (i + 1) / T; then t = 0.
 
-        linear: i_k = floor(k T / N);  quadratic: i_k = floor((k sqrt(0.8 T) / (N - 1))^2),  k = N-1, ..., 0
+        linear: i_k = floor(k T / N);  quadratic: i_k = floor(0.8 T (k / (N - 1))^2),  k = N-1, ..., 0
 
     The quadratic rule repeats small indices when N is large; a repeated index moves up to the next free one, so that
     N steps stay N different ones. Source: Song et al. 2021 (DDIM), App. D.2 and its code.
@@ -163,13 +163,8 @@ class Indices(Grid):
             raise ValueError(f"steps must lie in 2..{total} on a grid of DDPM indices, got {steps}")
         if self.spacing == "linear":
             indices = [k * total // steps for k in range(steps)]
-        else:
-            last = (0.8 * total) ** 0.5
-            indices = [int((k * last / (steps - 1)) ** 2) for k in range(steps)]
-        for k in range(1, steps):
-            indices[k] = max(indices[k], indices[k - 1] + 1)
-        if indices[-1] >= total:
-            raise ValueError(f"{steps} quadratic steps do not fit {total} indices; use spacing=linear or fewer steps")
+        else:  # floor(k^2 c) is convex in k, so moving repeated indices up amounts to the maximum with k
+            indices = [max(k, int(0.8 * total * (k / (steps - 1)) ** 2 + 1e-9)) for k in range(steps)]
         return _close((torch.tensor(indices[::-1], dtype=torch.float64) + 1) / total, True)
 
 

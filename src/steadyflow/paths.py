@@ -52,7 +52,7 @@ class GaussianPath(ABC):
 
 
 def _float64(t: Time) -> Tensor:
-    return torch.as_tensor(t).double()
+    return torch.as_tensor(t, dtype=torch.float64)
 
 
 class VariancePreserving(GaussianPath):
@@ -106,30 +106,30 @@ class DiscreteVariancePreserving(GaussianPath):
             raise ValueError(f"need 0 < beta_start <= beta_end < 1, steps >= 1; got {beta_start}, {beta_end}, {steps}")
         self.beta_start, self.beta_end, self.steps = float(beta_start), float(beta_end), int(steps)
         betas = torch.linspace(self.beta_start, self.beta_end, self.steps, dtype=torch.float64)
-        self._log = torch.cat([torch.zeros(1, dtype=torch.float64), torch.log1p(-betas).cumsum(0)])  # log alpha_bar
+        self._table = torch.cat([betas.new_zeros(1), -torch.log1p(-betas).cumsum(0)])  # B = -log alpha_bar at the knots
 
-    def _knot(self, t: Tensor) -> tuple[Tensor, Tensor]:
-        """log alpha_bar(t) and its slope in t."""
-        table = self._log.to(t.device)
+    def _integral(self, t: Tensor) -> tuple[Tensor, Tensor]:
+        """B(t) = -log alpha_bar(t) and its slope in t."""
+        table = self._table.to(t.device)
         i = (t * self.steps).floor().long().clamp(0, self.steps - 1)
         slope = table[i + 1] - table[i]
         return table[i] + slope * (t * self.steps - i), slope * self.steps
 
     def __call__(self, t: Time) -> tuple[Tensor, Tensor]:
-        log, _ = self._knot(_float64(t))
-        return torch.exp(log / 2), torch.sqrt(-torch.expm1(log))
+        b, _ = self._integral(_float64(t))
+        return torch.exp(-b / 2), torch.sqrt(-torch.expm1(-b))
 
     def derivative(self, t: Time) -> tuple[Tensor, Tensor]:
-        log, slope = self._knot(_float64(t))
-        alpha, sigma = torch.exp(log / 2), torch.sqrt(-torch.expm1(log))
-        return 0.5 * slope * alpha, -0.5 * slope * alpha**2 / sigma
+        b, slope = self._integral(_float64(t))
+        alpha, sigma = torch.exp(-b / 2), torch.sqrt(-torch.expm1(-b))
+        return -0.5 * slope * alpha, 0.5 * slope * alpha**2 / sigma
 
     def time_at(self, ratio: Time) -> Tensor:
-        log = -2 * _log_hypot1(_float64(ratio))
-        table = self._log.to(log.device)
-        log = log.clamp(min=table[-1].item())
-        i = (torch.searchsorted(-table, -log.contiguous()) - 1).clamp(0, self.steps - 1)
-        return (i + (log - table[i]) / (table[i + 1] - table[i])) / self.steps
+        b = 2 * _log_hypot1(_float64(ratio))  # B = log(1 + ratio^2)
+        table = self._table.to(b.device)
+        b = b.clamp(max=table[-1].item())
+        i = (torch.searchsorted(table, b.contiguous()) - 1).clamp(0, self.steps - 1)
+        return (i + (b - table[i]) / (table[i + 1] - table[i])) / self.steps
 
 
 class Cosine(GaussianPath):
@@ -174,7 +174,7 @@ class Cosine(GaussianPath):
 class VarianceExploding(GaussianPath):
     """The geometric VE diffusion: alpha = 1, sigma = sigma_min (sigma_max / sigma_min)^t.
 
-    At t = 0 the noise is sigma_min, not 0. Source: Song et al. 2021 (score SDE), Eq. 30-31.
+    At t = 0 the noise is sigma_min, not 0, and so it is in a sample taken on this path. Source: Song et al. 2021 (score SDE), Eq. 30-31.
     """
 
     def __init__(self, sigma_min: float = 0.01, sigma_max: float = 50.0):

@@ -25,7 +25,8 @@ class Heun(OneStepSampler):
 
     It integrates in the path's own time, so the path chooses the variable, whatever path the network was trained on:
     on EDM this is EDM's Algorithm 2 (its default here), on conditional OT Heun's method for flow matching, on VP
-    EDM's Algorithm 1 with the VP schedule. Source: Karras et al. 2022, Algorithms 1 and 2.
+    EDM's Algorithm 1 with the VP schedule (on the discrete one, whose derivative jumps between indices, order 2 is lost).
+    Source: Karras et al. 2022, Algorithms 1 and 2.
 
     Args:
         path, grid, steps: see OneStepSampler.
