@@ -110,7 +110,7 @@ class TrainingBatches:
             batch_size=None,
             num_workers=self.workers,
             pin_memory=self.pin,
-        )  # type: ignore[arg-type]
+        )
         for batch in loader:
             self.given += 1
             yield batch

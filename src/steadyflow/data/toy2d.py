@@ -14,11 +14,11 @@ class Toy2D(InMemoryPoints):
     | name             | units | what it is                                                                   |
     |------------------|-------|------------------------------------------------------------------------------|
     | 8gaussians       | +-4   | 8 modes of std sqrt(1/8) on the circle of radius 2 sqrt(2)                   |
-    | two_spirals      | +-4   | two arms of one and a half turns, noise 0.1                                  |
+    | two_spirals      | +-3.5 | two arms of one and a half turns, noise 0.1                                  |
     | checkerboard     | +-4   | uniform on 8 of 16 squares of side 2                                         |
-    | rings            | +-3.2 | four rings about 0, radius 3, 9/4, 3/2, 3/4, noise 0.08, equal mass          |
+    | rings            | +-3.3 | four rings about 0, radius 3, 9/4, 3/2, 3/4, noise 0.08, equal mass          |
     | olympic_rings    | +-2.8 | five interlaced rings, radius N(1, 0.001^2)                                  |
-    | fractal_tree     | +-1.1 | 9 generations of branches, each 0.7 of its parent, turned 30 degrees         |
+    | fractal_tree     | +-1.2 | 9 generations of branches, each 0.7 of its parent, turned 30 degrees         |
     | sierpinski       | +-1   | the Sierpinski carpet after 4 cuts: uniform on 4096 squares of side 2/81     |
 
     Source: the first four as in FFJORD (Grathwohl et al. 2019); rings of width 0.001, tree and carpet after DiffFlow
