@@ -244,7 +244,8 @@ def test_a_class_of_ones_own_is_built_when_trusted(
         load(tmp_path / "mine")
     with pytest.raises(ValueError, match="outside"):
         load(tmp_path / "mine", trusted=["my_net"])
-    assert isinstance(load(tmp_path / "mine", trusted=["my_networks"]).denoiser.network, my_networks.Mine)
+    for trusted in ("my_networks", ["other", "my_networks"]):
+        assert isinstance(load(tmp_path / "mine", trusted=trusted).denoiser.network, my_networks.Mine)
 
 
 @pytest.mark.parametrize(

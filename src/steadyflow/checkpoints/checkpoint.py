@@ -52,7 +52,7 @@ class Checkpoint:
             )
 
 
-def load(file: str | Path, sha256: str | None = None, trusted: Sequence[str] = ()) -> Checkpoint:
+def load(file: str | Path, sha256: str | None = None, trusted: str | Sequence[str] = ()) -> Checkpoint:
     """A checkpoint from its directory; no code of the file's is run (see `files.py` and `nodes.py`).
 
     Args:
@@ -65,7 +65,8 @@ def load(file: str | Path, sha256: str | None = None, trusted: Sequence[str] = (
         ValueError: a file is truncated, edited or of another kind: which, with the hash expected and found, or the
             nearest right name.
     """
-    return Checkpoint(str(file), *load_parts(Path(file).expanduser(), sha256, trusted))
+    prefixes = (trusted,) if isinstance(trusted, str) else tuple(trusted)
+    return Checkpoint(str(file), *load_parts(Path(file).expanduser(), sha256, prefixes))
 
 
 def embedded_names() -> list[str]:
