@@ -11,6 +11,7 @@ import json
 import os
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -46,13 +47,20 @@ def job(*words: str) -> dict:
     return json.loads((Path(directory) / "metrics.json").read_text())
 
 
-def score(run: Path) -> dict[str, float]:
+def score(run: Path, model: Path) -> dict[str, float]:
     """Heun's 18 steps, 1797 images: against the training split, and against the 200 images never seen."""
     samples = run / "scored"
     callbacks = "callbacks=[default,accuracy,memorisation]"
-    model = ["checkpoint=path", f"checkpoint.file={run}"]
     amount = [f"num_samples={SAMPLES}", "batch_size=128"]
-    seen = job("sample", *model, "sampler=heun", *amount, callbacks, f"hydra.run.dir={samples}")
+    seen = job(
+        "sample",
+        "checkpoint=path",
+        f"checkpoint.file={model}",
+        "sampler=heun",
+        *amount,
+        callbacks,
+        f"hydra.run.dir={samples}",
+    )
     unseen = job("evaluate", f"images={samples}", "reference=test", f"hydra.run.dir={run / 'scored_held_out'}")
     found = {f"{name} (train split)" if name.startswith("fid") else name: seen[name] for name in SCORES}
     found |= {f"{name} (held out)": unseen[name] for name in ("kid", "kid_std")}
@@ -64,14 +72,16 @@ def main() -> None:
     for name in NAMES:
         run = ROOT / "outputs" / "train" / name
         checkpoint = checkpoints.load(run)
-        card = checkpoint.card | {"metrics": checkpoint.card["metrics"] | score(run)}
         config = yaml.safe_load((run / "model" / "config.yaml").read_text())
         nodes = {key: config[key] for key in ("network", "path", "denoiser")}
         package = ROOT / "src" / "steadyflow" / "checkpoints" / name
         target = package if "--install" in sys.argv[1:] else run / "embedded"
-        denoiser, shape, classes = checkpoint.denoiser, checkpoint.shape, checkpoint.num_classes
-        checkpoints.save(target, denoiser, nodes, shape, classes, card, dtype=torch.float16)  # type: ignore[arg-type]
-        print(f"{target}: {json.dumps(card['metrics'])}")
+        what = target, checkpoint.denoiser, nodes, checkpoint.shape, checkpoint.num_classes
+        save = partial(checkpoints.save, *what, dtype=torch.float16)
+        save(checkpoint.card)
+        metrics = checkpoint.card["metrics"] | score(run, target)
+        save(checkpoint.card | {"metrics": metrics})
+        print(f"{target}: {json.dumps(metrics)}")
 
 
 if __name__ == "__main__":
