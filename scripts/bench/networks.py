@@ -1,9 +1,10 @@
 """Milliseconds per image and call of the U-Nets, forward and forward + backward, on the CPU.
 
-    python scripts/bench/networks.py [--threads 2] [--batch 64] [--repeat 7] [--only NAME ...]
+    python scripts/bench/networks.py [--threads 2] [--batch 64] [--repeat 7] [--only NAME ...] [--compile]
 
-The embedded checkpoints' network (unet_digits: 32 channels, 2x2 patches, levels 1, 2, 2) and its rivals, in contiguous and channels_last layout, and compiled. The minimum over the
-repeats is printed: other work on the machine only ever adds time.
+The embedded checkpoints' network (unet_digits: 32 channels, 2x2 patches, levels 1, 2, 2) and its rivals, in contiguous
+and channels_last layout and, with --compile, compiled. The minimum over the repeats is printed: other work on the
+machine only ever adds time.
 """
 
 import argparse
