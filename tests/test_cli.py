@@ -42,6 +42,7 @@ CONFIG = """
 defaults:
   - common
   - trainer: cpu
+  - logger@nested.gamma: none
   - _self_
 steps: 3
 what: nothing
@@ -136,7 +137,8 @@ def test_job_help_lists_groups_with_their_options(capsys: pytest.CaptureFixture[
     assert out.startswith("usage: steadyflow probe ")
     assert "\ntrainer: cpu, ddp, ddp_cpu, gpu, slurm\n" in out
     assert "\nlogger: csv, none, tensorboard, wandb\n" in out
-    assert "\nnested:\n  alpha: 1\n" in out
+    assert "\nnested:\n" in out
+    assert "\n  alpha: 1\n" in out
     assert "hydra/" not in out
 
 
@@ -171,6 +173,7 @@ def test_runs_below_outputs_with_overrides_and_flags_in_any_order(capsys: pytest
         ("stps=1", "no key or group 'stps' in this config. Did you mean steps?"),
         ("trainer.device=2", "no key or group 'trainer.device' in this config. Did you mean trainer.devices"),
         ("alpha=2", "no key or group 'alpha' in this config. Did you mean nested.alpha?"),
+        ("logger=csv", "no group 'logger' in this config. Did you mean logger@nested.gamma?"),
         ("triner=gpu", "no key or group 'triner' in this config. Did you mean trainer?"),
         ("~stps", "no key or group 'stps' in this config. Did you mean steps?"),
         ("trainer=gpo", "no option 'gpo' in the group trainer. Did you mean gpu? Options: cpu, ddp, ddp_cpu, gpu, sl"),

@@ -2,6 +2,7 @@
 
 import inspect
 from collections.abc import Iterator
+from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -16,6 +17,7 @@ from steadyflow import cli
 CONFIGS = Path(__file__).parents[1] / "configs"
 JOBS = [job for job in cli.JOBS if cli.built(job)]
 PLUGINS = {"sweep=ray": "hydra_ray_launcher", "sweep=joblib": "hydra_joblib_launcher"}
+PLUGINS["sweep=optuna"] = "hydra_optuna_sweeper"
 PLUGINS["trainer=slurm"] = "hydra_submitit_launcher"
 
 
@@ -57,9 +59,10 @@ def check(config: DictConfig) -> int:
     return count
 
 
-def has_group(job: str, group: str) -> bool:
-    choices = compose(job, return_hydra_config=True).hydra.runtime.choices
-    return group in {choice.partition("@")[0] for choice in choices}
+@cache
+def groups(job: str) -> tuple[str, ...]:
+    """What the job chooses: GROUP or GROUP@PACKAGE."""
+    return tuple(compose(job, return_hydra_config=True).hydra.runtime.choices)
 
 
 @pytest.mark.parametrize("job", JOBS)
@@ -76,17 +79,19 @@ def test_there_is_no_config_without_a_job() -> None:
 
 @pytest.mark.parametrize("option", options())
 def test_option(option: str) -> None:
-    """In every job that has the group; an experiment JOB_... in that job."""
+    """In every job that has the group, an experiment JOB_... in that job, a way to sweep in any."""
     if option in PLUGINS and not find_spec(f"hydra_plugins.{PLUGINS[option]}"):
         pytest.skip(f"{PLUGINS[option]} is not installed")
     group, _, name = option.partition("=")
     if group == "experiment":
-        jobs, option = [job for job in JOBS if name.startswith(f"{job}_")], f"+{option}"
+        overrides = [(job, f"+{option}") for job in JOBS if name.startswith(f"{job}_")]
+    elif group == "sweep":
+        overrides = [("sample", f"+{option}")]
     else:
-        jobs = [job for job in JOBS if has_group(job, group)]
-    assert jobs, f"no job has the group {group}"
-    for job in jobs:
-        check(compose(job, [option]))
+        overrides = [(job, f"{g}={name}") for job in JOBS for g in groups(job) if g.partition("@")[0] == group]
+    assert overrides, f"no job has the group {group}"
+    for job, override in overrides:
+        check(compose(job, [override]))
 
 
 def test_the_check_sees_a_wrong_argument() -> None:

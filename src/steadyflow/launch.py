@@ -2,12 +2,15 @@
 
 import argparse
 import json
+import logging
 import os
 import signal
 import subprocess
 import sys
 import tempfile
+import time
 import traceback
+import warnings
 from dataclasses import dataclass, field
 from importlib import import_module
 from pathlib import Path
@@ -23,7 +26,7 @@ from hydra.types import RunMode
 from omegaconf import DictConfig
 
 import steadyflow.jobs.record  # noqa: F401 - the resolver of hydra.run.dir
-from steadyflow.mistakes import Mistake, did_you_mean, explain, explain_composition
+from steadyflow.mistakes import Failed, Mistake, did_you_mean, explain, explain_composition
 
 RESULT = "STEADYFLOW_RESULT"  # set for a cell that runs in a process of its own: the file its outcome is written to
 
@@ -59,12 +62,18 @@ class Task:
         hydra = HydraConfig.get()
         if hydra.runtime.cwd not in sys.path:
             sys.path.append(hydra.runtime.cwd)  # `_target_` may name the user's own modules
+        logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(_worth_saying)
+        warnings.filterwarnings(
+            "ignore", r"`isinstance\(treespec, LeafSpec\)` is deprecated", FutureWarning
+        )  # Lightning
         sweep = hydra.mode == RunMode.MULTIRUN
         try:
             if sweep and _starts_processes(config):
                 self.value = self._in_own_process(hydra)
             else:
-                result = import_module(f"steadyflow.jobs.{self.job}").run(config)
+                job = import_module(f"steadyflow.jobs.{self.job}")
+                logging.getLogger("lightning").handlers.clear()  # Hydra's log has its messages already
+                result = job.run(config)
                 self.value = _objective(result, config.get("objective"))
             return self.value
         except SystemExit as stop:
@@ -121,6 +130,7 @@ def launch(job: str, argv: list[str]) -> int:
         The exit code: 0; 2 after one line on stderr; 1 for a bug in a sweep. A bug in a single run is raised.
     """
     result_file = os.environ.pop(RESULT, None)  # not for the processes that DDP starts
+    parent = os.getppid()
     task, overrides, sources = Task(job), [], {}
     try:
         hydra_version.setbase("1.3")
@@ -138,6 +148,9 @@ def launch(job: str, argv: list[str]) -> int:
     except Crash as crash:
         print(crash, file=sys.stderr)
         return 1
+    except Failed as failed:
+        print(f"steadyflow {job}: {failed}", file=sys.stderr)
+        return 1
     except Exception as error:
         if error is task.error:
             message = explain(error)
@@ -148,9 +161,12 @@ def launch(job: str, argv: list[str]) -> int:
             raise
         if result_file:
             Path(result_file).write_text(json.dumps({"mistake": message}))
+        elif (rank := os.environ.get("LOCAL_RANK", "0")) == "0":
+            print(f"steadyflow {job}: error: {message}", file=sys.stderr)
         else:
-            rank = os.environ.get("LOCAL_RANK", "0")
-            print(f"steadyflow {job}: error{f' (process {rank})' if rank != '0' else ''}: {message}", file=sys.stderr)
+            time.sleep(3)  # a mistake that the first process made too, it has told, and ended
+            if os.getppid() == parent:
+                print(f"steadyflow {job}: error in process {rank}: {message}", file=sys.stderr)
         return 2
     if result_file:
         Path(result_file).write_text(json.dumps({"value": task.value}, default=float))
@@ -191,12 +207,19 @@ def _objective(result: Any, name: str | None) -> Any:
     return result[name]
 
 
+def _worth_saying(message: logging.LogRecord) -> bool:
+    """Whether one of Lightning's messages is: not its advertisements, and an interruption is reported once, here."""
+    return not message.getMessage().strip().startswith(("💡 Tip", "Detected KeyboardInterrupt"))
+
+
 def _starts_processes(config: DictConfig) -> bool:
     """Whether Lightning will start processes for this config by repeating the command line."""
     trainer = config.get("trainer") or {}
     devices = trainer.get("devices", 1)
     if devices in (1, "1") or (not isinstance(devices, int | str) and len(devices) == 1):
         return False
+    if "SLURM_NTASKS" not in os.environ and "TORCHELASTIC_RUN_ID" not in os.environ:
+        return True
     from lightning.fabric.plugins.environments import SLURMEnvironment, TorchElasticEnvironment
 
     return not (SLURMEnvironment.detect() or TorchElasticEnvironment.detect())  # they have started them already

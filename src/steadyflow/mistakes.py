@@ -22,6 +22,10 @@ class Mistake(Exception):
     """A mistake of the user's, already said in one line."""
 
 
+class Failed(Exception):
+    """Part of a job's work failed and the rest was done, said in one line: exit code 1."""
+
+
 def did_you_mean(word: str, known: list[str]) -> str:
     """' Did you mean ...?' with the known words nearest to `word`, or nothing."""
     near = difflib.get_close_matches(word, known, n=2, cutoff=0.65)
@@ -79,6 +83,8 @@ def explain_composition(
     if isinstance(error, CompactHydraException):
         text = str(error) or str(error.__cause__ or error.__class__.__name__)
         if found := re.search(r"Could not (?:override|delete(?: from config)?\.?) '([^']+)'", text):
+            if hint := re.search(r"Did you mean to override (\S+)\?", text):
+                return f"no group '{found[1]}' in this config. Did you mean {hint[1]}?"
             return _explain_key(found[1], overrides, config_name, configs, config_dir)
         if isinstance(error.__cause__, OmegaConfBaseException) and str(error):
             return f"{_flat(error)} ({_flat(error.__cause__)})"
@@ -97,8 +103,9 @@ def _explain_missing(error: MissingConfigException) -> str:
     options = list(error.options or [])
     if not options:
         return _flat(str(error).partition("Config search path")[0].partition("Search path")[0])
-    listed = f" Options: {', '.join(options)}"
-    return f"no option '{option}' in the group {group}.{did_you_mean(option, options)}{listed}"
+    near = did_you_mean(option, options)
+    listed = f" Options: {', '.join(options)}" if len(options) <= 25 or not near else ""
+    return f"no option '{option}' in the group {group}.{near}{listed}"
 
 
 def _explain_key(key: str, overrides: list[str], config_name: str, configs: Path, config_dir: str | None) -> str:
