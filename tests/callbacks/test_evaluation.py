@@ -71,9 +71,10 @@ def test_pairs(tmp_path: Path) -> None:
 
 
 def test_a_mistake_costs_no_sampling(tmp_path: Path) -> None:
+    (tmp_path / "stats.npz").write_bytes(b"text")
+    callback = evaluation(reference=str(tmp_path / "stats.npz"))
     with pytest.raises(ValueError, match="is no npz file"):
-        (tmp_path / "stats.npz").write_bytes(b"text")
-        sample(tmp_path / "run", evaluation(reference=str(tmp_path / "stats.npz")), torch.arange(6))
+        sample(tmp_path / "run", callback, torch.arange(6))
     assert not (tmp_path / "run").exists()
 
 

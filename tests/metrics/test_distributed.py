@@ -74,8 +74,8 @@ def work(rank: int, folder: Path) -> None:
 
 @pytest.mark.slow
 def test_two_processes_equal_one(tmp_path: Path) -> None:
-    test = noise("test", 61)
-    write_shard(tmp_path / "a", torch.arange(61), test.images, test.labels)
+    drawn = noise("test", 161)  # its first 90 are the held-out images
+    write_shard(tmp_path / "a", torch.arange(61), drawn.images[100:], drawn.labels[100:])
     write_shard(tmp_path / "b", torch.arange(61), noise("train", 61).images)
     write_shard(tmp_path / "one", torch.tensor([5]), noise("train", 6).images[5:] // 2)
     expected = scores(tmp_path, 0, 1)

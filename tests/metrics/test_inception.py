@@ -111,9 +111,7 @@ def test_legacy_pytorch_is_clean_fids_network(tmp_path: Path, monkeypatch: pytes
 
 
 @pytest.mark.parametrize(("mode", "file"), [("clean", TORCHSCRIPT), ("legacy_pytorch", PYTORCH)])
-def test_absent_weights_name_the_file_its_source_and_its_place(
-    mode: str, file: tuple[str, ...], tmp_path: Path
-) -> None:
+def test_absent_weights_name_file_source_and_place(mode: str, file: tuple[str, ...], tmp_path: Path) -> None:
     path = tmp_path / file[0]
     with pytest.raises(FileNotFoundError) as error:
         Inception(mode, path)

@@ -23,7 +23,7 @@ def pair(channels: int, size: int = 40) -> tuple[Tensor, Tensor]:
 @pytest.mark.parametrize("net", ["alex", "vgg"])
 def test_equals_torchmetrics(net: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """With a random backbone of the published architecture and the published linear weights."""
-    url, size, build, ends = module.BACKBONES[net]
+    _, size, build, ends = module.BACKBONES[net]
     monkeypatch.setattr(torchvision.models, build.__name__, lambda weights=None: Small(build))
     torch.manual_seed(0)
     theirs = _LPIPS(net=net, pnet_rand=True)
@@ -66,7 +66,7 @@ def test_absent_or_wrong_backbone(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
         assert part in str(error.value)
     path.parent.mkdir()
     path.write_bytes(b"something else")
-    with pytest.raises(ValueError, match="has sha256 .* expected 7be5be79"):
+    with pytest.raises(ValueError, match=r"has sha256 .* expected 7be5be79"):
         _ = LPIPS().maps
     with pytest.raises(ValueError, match="net must be one of alex, vgg, got 'squeeze'"):
         LPIPS("squeeze")

@@ -66,7 +66,7 @@ def test_a_damaged_file_is_named(tmp_path: Path) -> None:
     _ = sources(tmp_path).reference
     (file,) = tmp_path.iterdir()
     file.write_bytes(file.read_bytes()[:200])
-    with pytest.raises(ValueError, match=f"{file} is damaged .* remove it"):
+    with pytest.raises(ValueError, match=f"{file} is no npz file, or a damaged one .* remove it"):
         _ = sources(tmp_path).reference
 
 

@@ -29,12 +29,12 @@ def test_it_classifies_real_images(file: str, count: int, accuracy: float) -> No
 
 @needs_data
 def test_refusals(tmp_path: Path) -> None:
-    with pytest.raises(FileNotFoundError, match="set features.weights"):
+    with pytest.raises(FileNotFoundError, match=r"set features\.weights"):
         ResNetCIFAR10(tmp_path / "absent.safetensors")
     state = load_file(SHARED / "resnet_cifar10/resnet20.safetensors")
     del state["layer2.1.bn1.weight"]
     save_file(state, tmp_path / "cut.safetensors")
-    with pytest.raises(ValueError, match="does not hold a CIFAR-10 ResNet: Missing.*layer2.1.bn1.weight"):
+    with pytest.raises(ValueError, match=r"does not hold a CIFAR-10 ResNet: Missing.*layer2\.1\.bn1\.weight"):
         ResNetCIFAR10(tmp_path / "cut.safetensors")
     with pytest.raises(ValueError, match=r"need uint8 images \(B, 3, 32, 32\), got torch.uint8 \(1, 1, 32, 32\)"):
         ResNetCIFAR10(SHARED / "resnet_cifar10/resnet20.safetensors")(torch.zeros(1, 1, 32, 32, dtype=torch.uint8))

@@ -52,8 +52,8 @@ class Evaluator:
             except FileNotFoundError as error:
                 self.reasons[name] = str(error)
         self.reasons = agreed(self.reasons)
-        for name, reason in self.reasons.items():
-            log.warning("%s: %s", name, reason)
+        for reason in dict.fromkeys(self.reasons.values()):
+            log.warning("%s: %s", ", ".join(name for name, why in self.reasons.items() if why == reason), reason)
         self._prepared = True
 
     @torch.no_grad()

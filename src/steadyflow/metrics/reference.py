@@ -4,7 +4,9 @@ import hashlib
 import logging
 import os
 import zipfile
+import zlib
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Protocol
@@ -141,12 +143,9 @@ class Sources:
             if file is None or not save(file, features):
                 return fitted(name, features)
             del features  # read back by whoever needs more than the Gaussian
-        try:
-            with np.load(file) as arrays:
-                mean, covariance = torch.from_numpy(arrays["mean"]), torch.from_numpy(arrays["covariance"])
-                return Reference(name, mean, covariance, int(arrays["count"]), lambda: read_features(file))
-        except (ValueError, OSError, EOFError, KeyError, zipfile.BadZipFile) as error:
-            raise ValueError(f"{file} is damaged ({error}); remove it, it will be made again") from None
+        with open_npz(file, "; remove it, it will be made again") as arrays:
+            mean, covariance = torch.from_numpy(arrays["mean"]), torch.from_numpy(arrays["covariance"])
+            return Reference(name, mean, covariance, int(arrays["count"]), lambda: read_features(file))
 
     @torch.no_grad()
     def _extract(self, batches: Iterator[Tensor]) -> Tensor:
@@ -199,7 +198,7 @@ def save(file: Path, features: Tensor) -> bool:
 
 def read_features(file: Path) -> Tensor:
     """The features of a file in the cache."""
-    with np.load(file) as arrays:
+    with open_npz(file) as arrays:
         return torch.from_numpy(arrays["features"])
 
 
@@ -224,9 +223,22 @@ def content_of(path: Path) -> str:
     return digest.hexdigest()
 
 
-def open_npz(path: Path) -> Any:
-    """np.load of an npz. Raises ValueError, by name, for another or a damaged file."""
-    try:
-        return np.load(path)
-    except (ValueError, OSError, EOFError, zipfile.BadZipFile) as error:
-        raise ValueError(f"{path} is no npz file, or a damaged one ({error})") from None
+@contextmanager
+def open_npz(path: Path, remedy: str = "") -> Iterator[Any]:
+    """The arrays of an npz. Raises ValueError, by name and with what to do, for another or a damaged file."""
+
+    def damaged(error: object) -> ValueError:
+        return ValueError(f"{path} is no npz file, or a damaged one ({error}){remedy}")
+
+    with path.open("rb") as file:
+        try:
+            arrays = np.load(file)
+        except (ValueError, OSError, EOFError, zipfile.BadZipFile) as error:
+            raise damaged(str(error).split(". ")[0]) from None
+        if not isinstance(arrays, np.lib.npyio.NpzFile):
+            raise damaged("a single array")
+        try:
+            with arrays:
+                yield arrays
+        except (KeyError, EOFError, zipfile.BadZipFile, zlib.error) as error:
+            raise damaged(error) from None
