@@ -276,6 +276,27 @@ def test_an_output_folder_that_cannot_be_written(tmp_path, capsys):
     assert str(tmp_path / "file") in said
 
 
+def test_a_sweep(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert cli.main(["sample", "-m", *POINTS, "num_samples=4", "sampler.steps=2,3", "hydra.sweep.dir=sweep"]) == 0
+    assert [json.loads(Path(f"sweep/{i}/metrics.json").read_text())["nfe"] for i in (0, 1)] == [2, 3]
+
+
+@pytest.mark.slow
+def test_weights_and_biases_offline(tmp_path, monkeypatch):
+    """Each cell of a sweep is a run of its own, with the metrics and the picture."""
+    monkeypatch.chdir(tmp_path)
+    overrides = ["num_samples=2", "sampler.steps=2,3", "logger=wandb", "logger.offline=true", "hydra.sweep.dir=sweep"]
+    assert cli.main(["sample", "-m", *POINTS, *overrides]) == 0
+    for cell in (0, 1):
+        (run,) = Path(f"sweep/{cell}/wandb").glob("offline-run-*")
+        (log,) = run.glob("run-*.wandb")
+        content = log.read_bytes()
+        for said in (b"seconds_per_image", b"nfe", b"media/images/samples"):
+            assert said in content
+        assert list(run.glob("files/media/images/samples*.png"))
+
+
 def saved(directory: Path) -> Path:
     """A checkpoint on disk: a small random network for points of the plane, with three classes."""
     torch.manual_seed(0)

@@ -7,7 +7,7 @@ from typing import Any
 import lightning as L
 import numpy as np
 import torch
-from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger, WandbLogger
+from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger, WandbLogger
 from PIL import Image
 from torch import Tensor
 
@@ -94,3 +94,10 @@ def log(trainer: L.Trainer, metrics: dict[str, float], picture: Path) -> None:
             logger.log_image("samples", [str(picture)])
         if isinstance(logger, CSVLogger):
             logger.save()
+
+
+def close(loggers: list[Logger]) -> None:
+    """Ends the runs of Weights & Biases: the next run in this process, a cell of a sweep, would join them."""
+    for logger in loggers:
+        if isinstance(logger, WandbLogger):
+            logger.experiment.finish()

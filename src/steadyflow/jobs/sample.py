@@ -11,7 +11,7 @@ from hydra.utils import instantiate
 from omegaconf import DictConfig
 
 from steadyflow.callbacks.progress import StepProgress
-from steadyflow.callbacks.results import SampleResults
+from steadyflow.callbacks.results import SampleResults, close
 from steadyflow.callbacks.samples import SampleFiles, SampleWriter
 from steadyflow.checkpoints import Checkpoint
 from steadyflow.jobs import record
@@ -85,6 +85,8 @@ def run(cfg: DictConfig) -> dict[str, Any]:
     except FloatingPointError as error:
         kept = f"{len(files.index())} of {len(index)} samples are finished and kept in {files.folder}"
         raise FloatingPointError(f"{error}; {kept}") from error
+    finally:
+        close(trainer.loggers)
     if trainer.is_global_zero:
         shown = {k: v for k, v in results.results.items() if isinstance(v, float)}
         log.info("%s: %s", directory, ", ".join(f"{k} {v:.4g}" for k, v in shown.items()))
