@@ -19,6 +19,7 @@ VARIANTS = {
         "num_classes": 3,
     },
     "patches": {"attention_resolutions": (2,), "num_heads": 2, "patch_size": 2, "num_classes": 3},
+    "skip": {"attention_resolutions": (), "input_skip": True, "learned_sigma": True, "num_classes": 3},
 }
 
 
@@ -123,6 +124,23 @@ def test_a_new_network_returns_exactly_zero_and_each_block_is_its_skip(options: 
         if isinstance(module, SelfAttention):
             h = torch.randn(3, module.norm.num_channels, 4, 4)
             assert torch.equal(module(h), h)
+
+
+@pytest.mark.parametrize("learned_sigma", [False, True])
+def test_input_skip_adds_the_input_to_the_prediction_alone(learned_sigma: bool) -> None:
+    options = {"attention_resolutions": (), "learned_sigma": learned_sigma}
+    plain, skip = perturbed(**options), perturbed(input_skip=True, **options)
+    assert skip.load_state_dict(plain.state_dict(), strict=False).missing_keys == ["mix.weight", "mix.bias"]
+    assert skip.mix is not None
+    nn.init.zeros_(skip.mix.weight)
+    skip.mix.bias.data.copy_(torch.tensor([-0.25, 0.5]))
+    x, t = inputs()
+    expected = 0.75 * plain(x, t)
+    expected[:, :2] += 0.5 * x
+    torch.testing.assert_close(skip(x, t), expected)
+    skip.mix.bias.data.copy_(torch.tensor([-1.0, 1.0]))  # eps from x = eps, exactly, in bf16 too
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(skip(x, t)[:, :2], x)
 
 
 @pytest.mark.parametrize("options", VARIANTS.values(), ids=VARIANTS)
