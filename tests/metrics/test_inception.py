@@ -83,7 +83,7 @@ def test_modes_of_the_torchscript_network(stand_in: tuple[Path, str, StandIn]) -
     unbiased = (expected @ net.output.weight.T).softmax(1)
     assert torch.allclose(probabilities, unbiased, atol=1e-6)
 
-    inside = Inception("legacy_tensorflow", path, sha256)(x)[0]
+    inside = Inception("legacy_tf", path, sha256)(x)[0]
     assert torch.allclose(inside, net(x.float(), return_features=True), atol=1e-6)
     assert (inside - features).abs().max() > 1e-3  # the modes are not the same
 

@@ -33,7 +33,7 @@ class Inception(FeatureExtractor):
     cannot be compared:
 
         clean               Pillow's bicubic filter (antialiased) on floats, clipped to [0, 255]; then (x - 128) / 128
-        legacy_tensorflow   TensorFlow's bilinear resize inside the network, not antialiased; then (x - 128) / 128
+        legacy_tensorflow   TensorFlow's bilinear resize (inside the network), not antialiased; then (x - 128) / 128
         legacy_pytorch      torch's bilinear resize, not antialiased; then 2 x / 255 - 1, pytorch-fid's weights
 
     Probabilities leave the last layer's bias out, as the Inception Score's original code does. The first two modes run
@@ -42,7 +42,7 @@ class Inception(FeatureExtractor):
     Source: Parmar et al. 2022.
 
     Args:
-        resize: one of the modes.
+        resize: one of the modes; legacy_tf is short for legacy_tensorflow.
         weights: path of the file; by default ~/.cache/steadyflow/weights/ with the file's own name.
         sha256: of the file; another value trusts another file.
 
@@ -55,6 +55,7 @@ class Inception(FeatureExtractor):
 
     def __init__(self, resize: str = "clean", weights: str | Path | None = None, sha256: str | None = None):
         super().__init__()
+        resize = "legacy_tensorflow" if resize == "legacy_tf" else resize
         if resize not in MODES:
             raise ValueError(f"resize must be one of {', '.join(MODES)}, got {resize!r}")
         self.resize = resize

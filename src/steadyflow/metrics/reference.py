@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from steadyflow.data import open_images, to_uint8
+from steadyflow.data.image_writing import whole_file
 from steadyflow.metrics.extractor import FeatureExtractor, sha256_of
 
 log = logging.getLogger(__name__)
@@ -175,25 +176,15 @@ def gaussian(features: Tensor) -> tuple[Tensor, Tensor]:
 def save(file: Path, features: Tensor) -> bool:
     """Writes features and their Gaussian, whole or not at all; False where the folder cannot be written to."""
     reference = fitted(file.name, features)
-    temporary = file.with_name(f".{file.name}.{os.getpid()}.tmp")
+    arrays = {"mean": reference.mean, "covariance": reference.covariance, "features": features}
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
-        with temporary.open("wb") as out:
-            np.savez(
-                out,
-                mean=reference.mean.numpy(),
-                covariance=reference.covariance.numpy(),
-                count=len(features),
-                features=features.numpy(),
-            )
-        temporary.replace(file)
-        return True
+        with whole_file(file) as temporary, temporary.open("wb") as out:
+            np.savez(out, count=len(features), **{name: array.numpy() for name, array in arrays.items()})  # type: ignore[arg-type]
     except OSError as error:
         log.warning("reference statistics are not kept: cannot write %s (%s)", file, error.strerror)
         return False
-    finally:
-        if temporary.exists():
-            temporary.unlink()
+    return True
 
 
 def read_features(file: Path) -> Tensor:
