@@ -49,8 +49,9 @@ class LastCheckpoint(Checkpoint):
         self._saved = -1
         self._handler: Any = None
 
-    def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        self._saved = trainer.global_step
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self._saved = trainer.global_step  # not known before, where the run is resumed
+        # not before, either: Lightning notes all handlers in between, and puts them back at its end
         if trainer.world_size == 1 and threading.current_thread() is threading.main_thread():
             self._handler = signal.signal(signal.SIGINT, self._interrupt)
 

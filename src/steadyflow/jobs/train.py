@@ -39,7 +39,7 @@ def run(cfg: DictConfig) -> dict[str, Any]:
 
     num_classes = classes(denoiser.network)
     if cfg.channels_last:
-        denoiser.network.to(memory_format=torch.channels_last)
+        denoiser.network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     if cfg.compile:
         denoiser.network.compile()
     module = DenoiserTraining(
@@ -76,6 +76,7 @@ def run(cfg: DictConfig) -> dict[str, Any]:
         gradient_clip_val=cfg.clip,
         log_every_n_steps=cfg.log_every,
         val_check_interval=cfg.val_every * cfg.accumulate if held_out is not None else None,
+        limit_val_batches=1.0 if held_out is not None else 0,
         check_val_every_n_epoch=None,
         num_sanity_val_steps=0,
         use_distributed_sampler=False,
@@ -148,7 +149,7 @@ def saved_step(last: Path) -> int:
 def export(directory: Path, cfg: DictConfig, denoiser: NetworkDenoiser, dataset: Any, metrics: dict[str, Any]) -> None:
     """Writes model/: the weights, what rebuilds the denoiser, and the card."""
     if cfg.channels_last:
-        denoiser.network.to(memory_format=torch.contiguous_format)
+        denoiser.network.to(memory_format=torch.contiguous_format)  # type: ignore[call-overload]
     starts = json.loads((directory / "run.json").read_text())["starts"]
     git = [f"{g['revision']}{' and uncommitted changes' if g['modified'] else ''}" for s in starts if (g := s["git"])]
     config: Any = OmegaConf.to_container(cfg, resolve=True)

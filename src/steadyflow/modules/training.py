@@ -114,7 +114,10 @@ class DenoiserTraining(L.LightningModule):
 
 
 class TrainingData(L.LightningDataModule):
-    """The batches of a run for DenoiserTraining; see TrainingBatches. `held_out` may be None: no validation."""
+    """The batches of a run for DenoiserTraining; see TrainingBatches.
+
+    Without `held_out` there is no validation: the trainer takes limit_val_batches=0.
+    """
 
     def __init__(
         self,
@@ -147,11 +150,10 @@ class TrainingData(L.LightningDataModule):
             pin=trainer.strategy.root_device.type == "cuda",
         )
 
-    def val_dataloader(self) -> HeldOutBatches | list[Any]:
+    def val_dataloader(self) -> HeldOutBatches:
         trainer = self.trainer
         assert trainer is not None
-        if self.held_out is None:
-            return []
+        assert self.held_out is not None
         size = max(1, self.batch_size // (trainer.world_size * trainer.accumulate_grad_batches))
         return HeldOutBatches(self.held_out, size, self.seed, rank=trainer.global_rank, world=trainer.world_size)
 
