@@ -86,7 +86,7 @@ class VariancePreserving(GaussianPath):
 
     def time_at(self, ratio: Time) -> Tensor:
         slope = self.beta_max - self.beta_min
-        b = (2 * _log_hypot1(_float64(ratio))).clamp(max=self.beta_min + 0.5 * slope)  # B = log(1 + ratio^2)
+        b = torch.log1p(_float64(ratio) ** 2).clamp(max=self.beta_min + 0.5 * slope)  # B = log(1 + ratio^2)
         t = 2 * b / (self.beta_min + torch.sqrt(self.beta_min**2 + 2 * slope * b))  # no cancellation at small B
         return t.clamp(0, 1)
 
@@ -125,7 +125,7 @@ class DiscreteVariancePreserving(GaussianPath):
         return -0.5 * slope * alpha, 0.5 * slope * alpha**2 / sigma
 
     def time_at(self, ratio: Time) -> Tensor:
-        b = 2 * _log_hypot1(_float64(ratio))  # B = log(1 + ratio^2)
+        b = torch.log1p(_float64(ratio) ** 2)  # B = log(1 + ratio^2)
         table = self._table.to(b.device)
         b = b.clamp(max=table[-1].item())
         i = (torch.searchsorted(table, b.contiguous()) - 1).clamp(0, self.steps - 1)
@@ -174,7 +174,8 @@ class Cosine(GaussianPath):
 class VarianceExploding(GaussianPath):
     """The geometric VE diffusion: alpha = 1, sigma = sigma_min (sigma_max / sigma_min)^t.
 
-    At t = 0 the noise is sigma_min, not 0, and so it is in a sample taken on this path. Source: Song et al. 2021 (score SDE), Eq. 30-31.
+    At t = 0 the noise is sigma_min, not 0, and a sample taken on this path keeps it.
+    Source: Song et al. 2021 (score SDE), Eq. 30-31.
     """
 
     def __init__(self, sigma_min: float = 0.01, sigma_max: float = 50.0):
@@ -238,13 +239,6 @@ class ConditionalOT(GaussianPath):
         return torch.where(ratio > 1, 1 / (1 + 1 / ratio), ratio / (1 + ratio))
 
 
-def _log_hypot1(r: Tensor) -> Tensor:
-    """log sqrt(1 + r^2) without overflow or cancellation."""
-    small = 0.5 * torch.log1p(r.clamp(max=1.0) ** 2)
-    large = torch.log(r.clamp(min=1.0)) + 0.5 * torch.log1p(r.clamp(min=1.0) ** -2)
-    return torch.where(r > 1, large, small)
-
-
 def expand(coefficient: Tensor, x: Tensor) -> Tensor:
     """A coefficient () or (B,) made to multiply x (B, *S): cast to x's dtype and device, with trailing axes of 1.
 
@@ -257,6 +251,9 @@ def expand(coefficient: Tensor, x: Tensor) -> Tensor:
 
 def combine(a: Tensor, x: Tensor, b: Tensor, y: Tensor) -> Tensor:
     """a x + b y in two passes over the data, for coefficients () or (B,) and x, y (B, *S) of one dtype."""
-    if a.ndim == 0 and b.ndim == 0:
-        return (a.item() * x).add_(y, alpha=b.item())
-    return (expand(a, x) * x).addcmul_(expand(b, x), y)
+    return accumulate(a.item() * x if a.ndim == 0 else expand(a, x) * x, b, y)
+
+
+def accumulate(x: Tensor, b: Tensor, y: Tensor) -> Tensor:
+    """x + b y in place, one pass over the data, for a coefficient () or (B,) and x, y (B, *S) of one dtype."""
+    return x.add_(y, alpha=b.item()) if b.ndim == 0 else x.addcmul_(expand(b, x), y)

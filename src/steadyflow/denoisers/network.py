@@ -17,10 +17,11 @@ class NetworkDenoiser(Denoiser):
     """A network trained on a path, wrapped by what it predicts.
 
         t = time_at(sigma / alpha),  x' = x (alpha' + sigma') / (alpha + sigma)  with (alpha', sigma') = path(t)
-        D(x, alpha, sigma) = to_x0(network(x', t), x', t)
+        D(x, alpha, sigma) = a x' + b network(x', t)
 
-    so any path with the same noise-to-signal ratio can be sampled. A ratio beyond the path's range is evaluated at
-    its nearest end. Source: time and scale change of a Gaussian path, e.g. Karras et al. 2022, Eq. 4.
+    with weights (a, b) that say what the network predicts, so any path with the same noise-to-signal ratio can be
+    sampled. A ratio beyond the path's range is evaluated at its nearest end. Source: time and scale change of a
+    Gaussian path, e.g. Karras et al. 2022, Eq. 4.
 
     Args:
         network: module called as network(x (B, *S), t (B,), **condition) -> (B, *S), in the precision of its own
@@ -36,8 +37,8 @@ class NetworkDenoiser(Denoiser):
         self.network, self.path = network, path
 
     @abstractmethod
-    def to_x0(self, output: Tensor, x: Tensor, t: Tensor) -> Tensor:
-        """x_0 from the network's output at x on the training path, time t () or (B,)."""
+    def weights(self, t: Tensor, alpha: Tensor, sigma: Tensor) -> tuple[Tensor, Tensor]:
+        """(a, b) of x_0 = a x + b output on the training path, where path(t) = (alpha, sigma)."""
 
     @abstractmethod
     def target(self, x0: Tensor, eps: Tensor, t: Tensor) -> Tensor:
@@ -55,11 +56,19 @@ class NetworkDenoiser(Denoiser):
         out = self.network(state.to(parameter.dtype), time.expand(len(x)), **condition)
         return out.narrow(1, 0, x.shape[1]).to(x.dtype)
 
+    def to_x0(self, output: Tensor, x: Tensor, t: Tensor) -> Tensor:
+        """x_0 from the network's output at x on the training path, time t () or (B,)."""
+        a, b = self.weights(t, *self.path(t))
+        return combine(a, x, b, output)
+
     def forward(self, x: Tensor, alpha: Tensor, sigma: Tensor, **condition: Tensor) -> Tensor:
         t = self.path.time_at((sigma / alpha).clamp(max=self.max_ratio))
-        a, s = self.path(t)
-        x = x * expand((a + s) / (alpha + sigma), x)
-        return self.to_x0(self.output(x, t, **condition), x, t)
+        own = self.path(t)
+        scale = (own[0] + own[1]) / (alpha + sigma)
+        if scale.ndim or abs(scale.item() - 1) > 1e-12:  # 1 to rounding on the training path: spare the pass
+            x = x * expand(scale, x)
+        a, b = self.weights(t, *own)
+        return combine(a, x, b, self.output(x, t, **condition))
 
 
 class EpsDenoiser(NetworkDenoiser):
@@ -70,9 +79,8 @@ class EpsDenoiser(NetworkDenoiser):
 
     max_ratio = 1e3
 
-    def to_x0(self, output: Tensor, x: Tensor, t: Tensor) -> Tensor:
-        alpha, sigma = self.path(t)
-        return combine(1 / alpha, x, -sigma / alpha, output)
+    def weights(self, t: Tensor, alpha: Tensor, sigma: Tensor) -> tuple[Tensor, Tensor]:
+        return 1 / alpha, -sigma / alpha
 
     def target(self, x0: Tensor, eps: Tensor, t: Tensor) -> Tensor:
         return eps
@@ -81,8 +89,8 @@ class EpsDenoiser(NetworkDenoiser):
 class X0Denoiser(NetworkDenoiser):
     """The network predicts the clean sample x_0 itself."""
 
-    def to_x0(self, output: Tensor, x: Tensor, t: Tensor) -> Tensor:
-        return output
+    def weights(self, t: Tensor, alpha: Tensor, sigma: Tensor) -> tuple[Tensor, Tensor]:
+        return torch.zeros_like(alpha), torch.ones_like(alpha)
 
     def target(self, x0: Tensor, eps: Tensor, t: Tensor) -> Tensor:
         return x0
@@ -94,10 +102,9 @@ class VDenoiser(NetworkDenoiser):
     Source: Salimans & Ho 2022, Appendix D.
     """
 
-    def to_x0(self, output: Tensor, x: Tensor, t: Tensor) -> Tensor:
-        alpha, sigma = self.path(t)
+    def weights(self, t: Tensor, alpha: Tensor, sigma: Tensor) -> tuple[Tensor, Tensor]:
         norm = alpha**2 + sigma**2
-        return combine(alpha / norm, x, -sigma / norm, output)
+        return alpha / norm, -sigma / norm
 
     def target(self, x0: Tensor, eps: Tensor, t: Tensor) -> Tensor:
         alpha, sigma = self.path(t)
@@ -112,9 +119,8 @@ class ScoreDenoiser(NetworkDenoiser):
 
     max_ratio = 1e3
 
-    def to_x0(self, output: Tensor, x: Tensor, t: Tensor) -> Tensor:
-        alpha, sigma = self.path(t)
-        return combine(1 / alpha, x, sigma**2 / alpha, output)
+    def weights(self, t: Tensor, alpha: Tensor, sigma: Tensor) -> tuple[Tensor, Tensor]:
+        return 1 / alpha, sigma**2 / alpha
 
     def target(self, x0: Tensor, eps: Tensor, t: Tensor) -> Tensor:
         return -eps / expand(self.path(t)[1], eps)
@@ -128,11 +134,11 @@ class VelocityDenoiser(NetworkDenoiser):
     On conditional OT, v = eps - x_0 and x_0 = x - t v. Source: Lipman et al. 2023, Eq. 13.
     """
 
-    def to_x0(self, output: Tensor, x: Tensor, t: Tensor) -> Tensor:
-        (alpha, sigma), (dalpha, dsigma) = self.path(t), self.path.derivative(t)
+    def weights(self, t: Tensor, alpha: Tensor, sigma: Tensor) -> tuple[Tensor, Tensor]:
+        dalpha, dsigma = self.path.derivative(t)
         r = sigma / dsigma  # 0 where sigma = 0, though sigma' may be infinite there
         norm = alpha - r * dalpha
-        return combine(1 / norm, x, -r / norm, output)
+        return 1 / norm, -r / norm
 
     def target(self, x0: Tensor, eps: Tensor, t: Tensor) -> Tensor:
         dalpha, dsigma = self.path.derivative(t)
@@ -167,17 +173,11 @@ class EDMDenoiser(NetworkDenoiser):
         c_noise = torch.log((sigma / alpha).clamp(1e-20, 1e20)) / 4
         return expand(1 / torch.hypot(sigma, alpha * self.sigma_data), x) * x, c_noise
 
-    def _skip_out(self, t: Tensor) -> tuple[Tensor, Tensor]:
-        """(c_skip / alpha, c_out)."""
-        alpha, sigma = self.path(t)
+    def weights(self, t: Tensor, alpha: Tensor, sigma: Tensor) -> tuple[Tensor, Tensor]:
         norm = torch.hypot(sigma, alpha * self.sigma_data)
         return alpha * (self.sigma_data / norm) ** 2, sigma * self.sigma_data / norm
 
-    def to_x0(self, output: Tensor, x: Tensor, t: Tensor) -> Tensor:
-        skip, out = self._skip_out(t)
-        return combine(skip, x, out, output)
-
     def target(self, x0: Tensor, eps: Tensor, t: Tensor) -> Tensor:
         alpha, sigma = self.path(t)
-        skip, out = self._skip_out(t)
-        return combine((1 - skip * alpha) / out, x0, -skip * sigma / out, eps)
+        a, b = self.weights(t, alpha, sigma)
+        return combine((1 - a * alpha) / b, x0, -a * sigma / b, eps)

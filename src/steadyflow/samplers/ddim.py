@@ -7,7 +7,7 @@ from torch import Tensor
 
 from steadyflow.denoisers import Denoiser
 from steadyflow.grids import Grid
-from steadyflow.paths import GaussianPath, combine, expand
+from steadyflow.paths import GaussianPath, accumulate, combine
 from steadyflow.samplers.sampler import Coefficients, OneStepSampler
 
 
@@ -49,4 +49,4 @@ class DDIM(OneStepSampler):
     ) -> Tensor:
         a_t, s_t, keep, pull, std = coefficients
         x = combine(keep, x, pull, denoiser(x, a_t, s_t, **condition))
-        return x if z is None else x.add_(expand(std, x) * z)
+        return x if z is None else accumulate(x, std, z)

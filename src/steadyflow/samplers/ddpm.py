@@ -7,7 +7,7 @@ from torch import Tensor
 
 from steadyflow.denoisers import Denoiser
 from steadyflow.grids import Grid
-from steadyflow.paths import GaussianPath, combine, expand
+from steadyflow.paths import GaussianPath, accumulate, combine
 from steadyflow.samplers.sampler import Coefficients, OneStepSampler
 
 
@@ -52,4 +52,4 @@ class DDPM(OneStepSampler):
             raise ValueError("a DDPM step needs its noise z")
         a_t, s_t, keep, pull, std = coefficients
         x = combine(keep, x, pull, denoiser(x, a_t, s_t, **condition))
-        return x.add_(expand(std, x) * z)
+        return accumulate(x, std, z)

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from steadyflow.denoisers import Denoiser
 from steadyflow.grids import Grid
-from steadyflow.paths import GaussianPath, combine, expand
+from steadyflow.paths import GaussianPath, accumulate, combine
 from steadyflow.samplers.sampler import Coefficients, OneStepSampler
 
 
@@ -24,8 +24,8 @@ class Heun(OneStepSampler):
     t = 0, NFE = 2 N - 1.
 
     It integrates in the path's own time, so the path chooses the variable, whatever path the network was trained on:
-    on EDM this is EDM's Algorithm 2 (its default here), on conditional OT Heun's method for flow matching, on VP
-    EDM's Algorithm 1 with the VP schedule (on the discrete one, whose derivative jumps between indices, order 2 is lost).
+    on EDM this is EDM's Algorithm 2, on conditional OT Heun's method for flow matching, on VP EDM's Algorithm 1 with
+    the VP schedule (on the discrete one, whose derivative jumps between indices, order 2 is lost).
     Source: Karras et al. 2022, Algorithms 1 and 2.
 
     Args:
@@ -95,4 +95,4 @@ class Heun(OneStepSampler):
         if last.all():
             return y
         y0 = denoiser(y, a_s, s_s, **condition)
-        return combine(heun[0], x, heun[1], x0).add_(expand(heun[2], x) * y0)
+        return accumulate(combine(heun[0], x, heun[1], x0), heun[2], y0)
