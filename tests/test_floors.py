@@ -15,7 +15,7 @@ FLOORS = [
     {"samplers"},
     {"guidance", "restorers", "sdes"},
     {"data", "metrics", "checkpoints"},
-    {"modules", "callbacks"},
+    {"modules", "callbacks", "tables"},
     {"jobs", "cli", "launch", "mistakes", "__main__"},
 ]
 # who may import whom on the same floor

@@ -19,6 +19,7 @@ from hydra import compose
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
 
+FORMAT = 1  # of run.json and metrics.json; one that a later version can no longer read is another number
 PACKAGES = ("steadyflow", "torch", "torchvision", "lightning", "hydra-core", "numpy", "torchmetrics", "clean-fid")
 IGNORED = ("trainer", "logger", "hydra", "resume", "output_dir", "data_dir")  # may differ between starts of one run
 
@@ -88,14 +89,15 @@ def claim(
     Raises:
         ValueError: the directory holds a run with another config, naming the keys that differ; or is not writable.
     """
-    facts = {"composed": OmegaConf.to_container(cfg), "inputs": dict(inputs or {})}
+    facts: dict[str, Any] = {"composed": OmegaConf.to_container(cfg), "inputs": dict(inputs or {})}
     file, hydra = directory / "run.json", directory / ".hydra"
     used = file.exists()
     record: dict[str, Any] = json.loads(file.read_text()) if used else {"overrides": [], "starts": []}
     differing = _differences(record, facts, (*IGNORED, *ignore)) if used else []
     if not differing:
         overrides = _overrides(record["overrides"] if cfg.get("resume") else [])
-        record |= facts | {"config": OmegaConf.to_container(cfg, resolve=True), "overrides": overrides}
+        facts |= {"format": FORMAT, "config": OmegaConf.to_container(cfg, resolve=True), "overrides": overrides}
+        record |= facts
     if is_first_process():
         try:
             directory.mkdir(parents=True, exist_ok=True)

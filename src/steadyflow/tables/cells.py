@@ -1,0 +1,207 @@
+"""A table as a config: rows and columns are overrides of a job, beside the values its source printed."""
+
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+NUMBER = r"[-+]?\d+(?:\.\d+)?(?:e[-+]?\d+)?"
+WORKS = {
+    "000": "Pokle 2025",  # Deep Equilibrium Models and Diffusion Models in Practice, thesis, CMU-ML-25-100
+    "001": "Zhang 2023",  # Learning, Sampling and Inference with Stochastic Differential Equations, Georgia Tech
+    "002": "Fast Samplers for Inverse Problems",  # in Iterative Refinement Models: C-PiGDM
+}
+KEYS = {"title", "source", "job", "set", "needs", "columns", "rows", "published", "notes", "scale", "seeds", "factor"}
+
+
+@dataclass(frozen=True)
+class Published:
+    """A printed value.
+
+    Attributes:
+        text: as printed; "" where the source has no value.
+        value, spread: the number and what stands behind +-, None where there is none.
+        bound: "<=" or ">" where the source prints a bound instead of a number.
+    """
+
+    text: str = ""
+    value: float | None = None
+    spread: float | None = None
+    bound: str = ""
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One number of a table: the overrides of the run that makes it, and which of the run's metrics it is.
+
+    Attributes:
+        row, column: labels.
+        overrides: by key, without the seed.
+        metric: a key of the run's metrics.json.
+        factor: what that is multiplied by, to be in the units of the source.
+        needs: names (of options, jobs, files) without which it cannot be run.
+        published: the source's value.
+    """
+
+    row: str
+    column: str
+    overrides: Mapping[str, str] = field(hash=False)
+    metric: str
+    factor: float
+    needs: tuple[str, ...]
+    published: Published
+
+    @property
+    def text(self) -> str:
+        """The overrides as on a command line."""
+        return " ".join(f"{key}={value}" for key, value in self.overrides.items())
+
+
+@dataclass(frozen=True)
+class Table:
+    """A table at one scale. `cells` holds the cells there are, row by row: they need not form a product."""
+
+    name: str
+    title: str
+    source: str
+    job: str
+    scale: str
+    seeds: tuple[int, ...]
+    rows: tuple[str, ...]
+    columns: tuple[str, ...]
+    cells: tuple[Cell, ...]
+    notes: str
+
+    @property
+    def comparable(self) -> bool:
+        """Whether our numbers are of the source's datasets and checkpoints, so that a difference means something."""
+        return self.scale == "full"
+
+
+def published(value: Any) -> Published:
+    """A printed value as it is typed in a table: a number, null, "a +- b", "<= a" or "> a".
+
+    Raises:
+        ValueError: anything else.
+    """
+    if value is None:
+        return Published()
+    text = str(value)
+    if isinstance(value, int | float) and not isinstance(value, bool):
+        return Published(text, float(value))
+    if found := re.fullmatch(rf"({NUMBER}) \+- ({NUMBER})", text):
+        return Published(text, float(found[1]), float(found[2]))
+    if found := re.fullmatch(rf"(<=|>) ({NUMBER})", text):
+        return Published(text, float(found[2]), bound=found[1])
+    raise ValueError(f"published value {text!r}: expected a number, null, 'a +- b', '<= a', '> a' or none")
+
+
+def read(name: str, config: Mapping[str, Any], scale: str | None = None) -> Table:
+    """A table of its config.
+
+        title: ...                            source: {work: "000", table: "3.1"}, or any text
+        job: sample                           set, needs: of every cell
+        columns: {LABEL: {metric: fid, set: "sampler=ddim", needs: [...], factor: 1}}
+        rows: {LABEL: {set: "sampler.steps=10", needs: [...]}}
+        published: {ROW: [a value for each column; `none` where the source has no such cell]}, or null
+        scale: {mini: "dataset=digits checkpoint=digits32 num_samples=256"}      further overrides, by scale;
+                                              also {set: ..., needs: [...]}
+        seeds: [0, 1, 2]                      of each cell, [0] without
+
+    `set` holds overrides as on a command line. Where several name one key, the scale's wins over the row's, that over
+    the column's, and that over the table's; a need that is only the value of an override that lost is none.
+
+    Args:
+        name: the config's.
+        config: its content.
+        scale: one of `scale`, or full (without overrides where it is not among them); None for mini where there is
+            one, else full.
+
+    Raises:
+        ValueError: a key that a table does not have, a missing one, another number of published values than columns,
+            or a scale that the table does not have.
+    """
+    wrong = sorted(set(config) - KEYS) + [
+        f"no {key}" for key in ("title", "job", "columns", "rows") if key not in config
+    ]
+    if wrong:
+        raise ValueError(f"table {name}: {', '.join(wrong)}; a table has the keys {', '.join(sorted(KEYS))}")
+    scales: Mapping[str, Any] = {"full": ""} | dict(config.get("scale") or {})
+    chosen = scale or ("mini" if "mini" in scales else "full")
+    if chosen not in scales:
+        raise ValueError(f"table {name} has no scale {chosen!r}; it has {', '.join(scales)}")
+    rows, columns = dict(config["rows"]), dict(config["columns"])
+    for column, c in columns.items():
+        if "metric" not in c:
+            raise ValueError(
+                f"table {name}, column {column}: no metric; a column is {{metric: fid, set: sampler=ddim}}"
+            )
+    values = config.get("published") or {row: [None] * len(columns) for row in rows}
+    if list(values) != list(rows):
+        raise ValueError(f"table {name}: the rows of `published` must be those of `rows`, in their order")
+    further = scales[chosen] if isinstance(scales[chosen], Mapping) else {"set": scales[chosen]}
+    extra = overrides(str(further.get("set") or ""))
+    cells = []
+    for row, r in rows.items():
+        if len(values[row]) != len(columns):
+            raise ValueError(f"table {name}, row {row}: {len(values[row])} published values for {len(columns)} columns")
+        for (column, c), value in zip(columns.items(), values[row], strict=True):
+            if value == "none":
+                continue
+            own = (
+                overrides(str(config.get("set") or ""))
+                | overrides(str(c.get("set") or ""))
+                | overrides(str(r.get("set") or ""))
+            )
+            needs = dict.fromkeys([*_names(config), *_names(r), *_names(c)])
+            for key, lost in own.items():
+                if key in extra and extra[key] != lost:
+                    needs.pop(lost, None)
+            needs |= dict.fromkeys(_names(further))
+            factor = float(c.get("factor") or config.get("factor") or 1)
+            cells.append(Cell(str(row), str(column), own | extra, c["metric"], factor, tuple(needs), published(value)))
+    return Table(
+        name,
+        str(config["title"]),
+        _source(config.get("source")),
+        str(config["job"]),
+        chosen,
+        tuple(config.get("seeds") or [0]),
+        tuple(map(str, rows)),
+        tuple(map(str, columns)),
+        tuple(cells),
+        str(config.get("notes") or "").strip(),
+    )
+
+
+def overrides(text: str) -> dict[str, str]:
+    """'a=1 b=2' by key.
+
+    Raises:
+        ValueError: a word without `=`.
+    """
+    words = text.split()
+    if wrong := [word for word in words if "=" not in word]:
+        raise ValueError(f"{wrong[0]!r} in {text!r} is no override (key=value)")
+    return dict(word.split("=", 1) for word in words)
+
+
+def files_needed(cell: Cell) -> Iterator[tuple[str, str]]:
+    """(key, name) of the needs that are files rather than methods: a dataset, a checkpoint."""
+    for key in ("dataset", "checkpoint"):
+        if (name := cell.overrides.get(key)) in cell.needs and name is not None:
+            yield key, name
+
+
+def _names(part: Mapping[str, Any]) -> list[str]:
+    needs = part.get("needs") or []
+    return [needs] if isinstance(needs, str) else [str(name) for name in needs]
+
+
+def _source(source: Any) -> str:
+    if not isinstance(source, Mapping):
+        return str(source or "")
+    place = ", ".join(
+        f"{'Fig.' if k == 'figure' else str(k).capitalize()} {v}" for k, v in source.items() if k != "work"
+    )
+    return f"{WORKS.get(str(source.get('work')), source.get('work'))}, {place}"
