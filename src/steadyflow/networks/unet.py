@@ -153,7 +153,7 @@ class UNet(nn.Module):
                 self.joins.append(False)
         self.norm = GroupNorm(channels)
         self.head = zero(nn.Conv2d(channels, outer * (2 if learned_sigma else 1), 3, padding=1))
-        self.mix = zero(nn.Linear(width, 2)) if input_skip else None
+        self.mix = cast(nn.Linear, zero(nn.Linear(width, 2))) if input_skip else None
 
     def forward(self, x: Tensor, t: Tensor, label: Tensor | None = None) -> Tensor:
         self._check(x, t)
