@@ -120,6 +120,7 @@ def test_runs_that_differ_without_an_override(tmp_path: Path, monkeypatch: pytes
     assert Path("out/report.csv").read_text().splitlines()[0] == "run,lr,fid,best_in"
 
 
+@pytest.mark.slow
 def test_the_same_table_in_tensorboard(sweep: Path) -> None:
     assert report("dir=sweep", "metric=fid", "rows=sampler", "columns=sampler.steps", "logger=tensorboard") == 0
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator

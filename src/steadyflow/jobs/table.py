@@ -39,7 +39,7 @@ def run(cfg: DictConfig) -> dict[str, Any] | None:
         Failed: a cell failed; the table stands nevertheless.
         ValueError: a table that is not written as tables are, or has no such scale.
     """
-    name = HydraConfig.get().runtime.choices.table
+    name = str(HydraConfig.get().runtime.choices["table"])
     folders = [Path(s.path) for s in HydraConfig.get().runtime.config_sources if s.schema == "file"]
     options = config_options(folders)
     if name == "all":
@@ -226,7 +226,10 @@ def finish(console: Console, directory: Path, table: Table, found: dict[Cell, Ou
         shown.add_row(
             row, *["" if e is None else "\n".join(t for t in (e.ours, e.published, e.difference) if t) for e in of]
         )
-    console.print(shown)
+    if console.measure(shown).maximum <= console.width:
+        console.print(shown)
+    else:
+        console.print("(the table is wider than this terminal)", highlight=False)
     for line in [
         *legend(table, filled),
         *[f"[{i}] {note}" for i, note in enumerate(notes, 1)],
