@@ -54,7 +54,7 @@ def heat_map(file: Path, table: Pivot) -> None:
     for i, line in enumerate(texts):
         for j, text in enumerate(line):
             red, green, blue, _ = image.cmap(image.norm(values[i, j]))
-            dark = 0.299 * red + 0.587 * green + 0.114 * blue < 0.5
+            dark = not math.isnan(values[i, j]) and 0.299 * red + 0.587 * green + 0.114 * blue < 0.5
             axes.text(j, i, text or "–", ha="center", va="center", size=9, color="white" if dark else "black")
     axes.tick_params(length=0)
     figure.colorbar(image, ax=axes, fraction=0.05)
