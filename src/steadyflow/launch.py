@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 import traceback
 import warnings
@@ -71,6 +72,8 @@ class Task:
             if sweep and _starts_processes(config):
                 self.value = self._in_own_process(hydra)
             else:
+                if _starts_processes(config):
+                    _end_after_interruption(self.job)
                 job = import_module(f"steadyflow.jobs.{self.job}")
                 logging.getLogger("lightning").handlers.clear()  # Hydra's log has its messages already
                 result = job.run(config)
@@ -223,6 +226,26 @@ def _starts_processes(config: DictConfig) -> bool:
     from lightning.fabric.plugins.environments import SLURMEnvironment, TorchElasticEnvironment
 
     return not (SLURMEnvironment.detect() or TorchElasticEnvironment.detect())  # they have started them already
+
+
+def _end_after_interruption(job: str, seconds: float = 20) -> None:
+    """Let Ctrl-C end this process, if it has to be without cleaning up, even where it waits for another process.
+
+    Such waiting (the rendezvous of DDP above all) is outside Python, where an interruption is not seen.
+    """
+    read, write = os.pipe()
+    os.set_blocking(write, False)
+    signal.set_wakeup_fd(write, warn_on_full_buffer=False)
+
+    def watch() -> None:
+        while signal.SIGINT not in os.read(read, 64):
+            pass
+        time.sleep(seconds)
+        if os.environ.get("LOCAL_RANK", "0") == "0":
+            print(f"steadyflow {job}: interrupted", file=sys.stderr, flush=True)
+        os._exit(130)
+
+    threading.Thread(target=watch, daemon=True).start()
 
 
 def _end(process: subprocess.Popen[bytes]) -> None:
