@@ -281,9 +281,9 @@ def test_mistakes(probe: Path, capsys: pytest.CaptureFixture[str]) -> None:
 def test_lists_all_tables(capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("COLUMNS", "160")
-    begin = time.perf_counter()
+    begin = time.process_time()
     assert cli.main(["table"]) == 0
-    assert time.perf_counter() - begin < 5
+    assert time.process_time() - begin < 5
     said = capsys.readouterr().out
     lines = {words[1]: words for line in said.splitlines() if len(words := [w.strip() for w in line.split("│")]) > 5}
     lines.pop("", None)  # second lines of long titles
