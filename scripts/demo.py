@@ -49,7 +49,7 @@ def sample(name: str, *overrides: str) -> tuple[Tensor, dict]:
 
 def picture(rows: dict[str, Tensor], file: Path) -> None:
     """The first images of each run, a labelled row a run."""
-    figure = Figure(figsize=(12, 0.62 * len(rows)), dpi=120, layout="constrained")
+    figure = Figure(figsize=(12, 0.6 * len(rows)), dpi=120)
     for axes, (name, x) in zip(figure.subplots(len(rows), 1, squeeze=False)[:, 0], rows.items(), strict=True):
         strip = torch.nn.functional.pad(x[:SHOWN].clamp(-1, 1), (1, 1, 1, 1), value=-1.0)
         strip = (strip.permute(2, 0, 3, 1).flatten(1, 2) + 1) / 2  # (H, n W, C)
@@ -58,7 +58,7 @@ def picture(rows: dict[str, Tensor], file: Path) -> None:
         axes.set_yticks([])
         axes.set_ylabel(name, rotation=0, ha="right", va="center", fontsize=10)
     with whole_file(file) as temporary:
-        figure.savefig(temporary, format="png")
+        figure.savefig(temporary, format="png", bbox_inches="tight", pad_inches=0.05)  # with the labels at the left
 
 
 def main() -> None:
@@ -66,14 +66,14 @@ def main() -> None:
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
     shutil.rmtree(OUT, ignore_errors=True)
     quiet = ["hydra/job_logging=disabled", "logger=none"]
-    console.print(f"[dim]{REFERENCE}: {COMPARED} images, the truth for the RMSE[/dim]")
+    console.print(f"[dim]{REFERENCE}: where the noise of the first images leads, for the RMSE[/dim]")
     end, _ = sample(REFERENCE, "sampler=heun", "sampler.steps=200", f"num_samples={COMPARED}", "callbacks=none", *quiet)
     table, rows = Table("sampler", title="one line, one run"), {}
     for column in ("NFE", "FID", "KID x 1000", "ms / image", "RMSE"):
         table.add_column(column, justify="right")
     metrics: dict = {}
     for name, overrides in RUNS.items():
-        console.print(f"[dim]{name}: {IMAGES} images[/dim]")
+        console.print(f"[dim]{name}[/dim]")
         x, metrics = sample(name, *overrides, f"num_samples={IMAGES}", *quiet)
         n = min(len(x), len(end))
         rmse = (x[:n] - end[:n]).square().mean().sqrt()
@@ -92,8 +92,8 @@ def main() -> None:
     table.title = f"{told['count']} images of each sampler"
     table.caption = (
         f"FID and KID: `{told['features']}` features of {told['count']} images against {told['reference']}; "
-        f"± of FID is its bootstrap error, of KID its spread over subsets. RMSE of {len(end)} images, in [-1, 1], to "
-        f"{REFERENCE.lower()} from the same noise."
+        f"± of FID is its bootstrap error, of KID its spread over subsets. RMSE: of {len(end)} images, in [-1, 1], to "
+        f"{REFERENCE} from the same noise; DDPM, which adds noise at each step, ends elsewhere."
     )
     console.print(table)
     console.print(f"{OUT / 'demo.png'}   ({time.perf_counter() - start:.0f} s)")
