@@ -40,7 +40,7 @@ def transported(sampler, denoiser, x, p):
 @every_build
 @pytest.mark.parametrize("path", [VariancePreserving(), ConditionalOT()], ids=lambda path: type(path).__name__)
 def test_density_of_a_mixture_converges_weakly_with_order_one(build, path):
-    """No random numbers: mass, mean, variance and the modes' weights of the exact output law in one dimension."""
+    """No random numbers: total variation between the exact output law and the marginal, in one dimension."""
     mixture = GaussianMixture([[-1.0], [1.2]], [0.05, 0.1], [0.3, 0.7])
     x = torch.linspace(-6, 6, 601, dtype=F64)
     grid = LogSNR(start=0.98, end=float(path.time_at(0.25)), zero=False)
@@ -48,14 +48,12 @@ def test_density_of_a_mixture_converges_weakly_with_order_one(build, path):
     for n in steps:
         sampler = build(path, grid(path, n))
         start, end = (mixture.log_prob(x[:, None], *path(t)).exp() for t in (sampler.times[0], sampler.times[-1]))
-        p = transported(sampler, mixture, x, start)
-        moments = torch.stack([torch.ones_like(x), x, x**2, torch.sigmoid(20 * x)])
-        difference = (moments @ (p - end) * (x[1] - x[0])).abs()
-        assert difference[0] < 1e-6  # mass is kept, so the quadrature is fine enough
-        errors.append(difference[1:].numpy())
-    slopes = -np.polyfit(np.log(steps), np.log(np.array(errors)), 1)[0]
-    assert (slopes > 0.85).all(), (slopes, errors)
-    assert (errors[-1] < 0.04).all(), errors
+        difference = (transported(sampler, mixture, x, start) - end) * (x[1] - x[0])
+        assert difference.sum().abs() < 1e-6  # mass is kept, so the quadrature is fine enough
+        errors.append(0.5 * float(difference.abs().sum()))
+    slope = -np.polyfit(np.log(steps), np.log(errors), 1)[0]
+    assert 0.85 <= slope <= 1.3, (slope, errors)
+    assert errors[-1] < 0.03, errors
 
 
 @pytest.mark.parametrize(("variance", "data"), [("small", 0.0), ("large", 1.0)])
