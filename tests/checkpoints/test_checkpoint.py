@@ -47,7 +47,7 @@ def test_embedded_checkpoints_denoise_the_digits_they_never_saw(name: str) -> No
     # noise level where the posterior is broad, a network that generalises is nearer to held-out digits.
     found = embedded(name)
     assert (found.name, found.shape, found.num_classes) == (name, (1, 32, 32), 10)
-    assert {"config", "seed", "steps", "git", "metrics"} <= found.card.keys()
+    assert {"config", "seed", "steps", "git revision", "metrics"} <= found.card.keys()
     test = Digits("test")
     x0 = torch.stack([test[i][0] for i in range(len(test))])
     label = torch.tensor([test[i][1] for i in range(len(test))])
