@@ -35,6 +35,38 @@ def test_ctrl_c_ends_a_training_run_in_one_line(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("everyone", [True, False], ids=["from the terminal", "to one process"])
+def test_ctrl_c_ends_a_sweep_and_the_process_of_its_run(everyone: bool, tmp_path: Path) -> None:
+    (tmp_path / "mine.py").write_text(
+        "import os, pathlib, time\n\n\nclass Slow:\n    def __init__(self, split):\n"
+        "        pathlib.Path('pid').write_text(str(os.getpid()))\n        time.sleep(300)\n"
+    )
+    data = ["+trainer.devices=2", "~dataset", "+dataset={_target_: mine.Slow, split: train}"]
+    command = [sys.executable, "-m", "steadyflow", "prepare", "-m", *data]
+    process = subprocess.Popen(
+        command,
+        cwd=tmp_path,
+        env=ENVIRONMENT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        process_group=0,
+    )
+    pid = tmp_path / "pid"
+    while process.poll() is None and not (pid.exists() and pid.read_text()):
+        time.sleep(0.1)
+    if everyone:
+        os.killpg(process.pid, signal.SIGINT)
+    else:
+        process.send_signal(signal.SIGINT)
+    out, err = process.communicate(timeout=60)
+    assert (process.returncode, err) == (130, "steadyflow prepare: interrupted\n"), out
+    assert int(pid.read_text()) != process.pid
+    with pytest.raises(ProcessLookupError):
+        os.kill(int(pid.read_text()), 0)
+
+
+@pytest.mark.slow
 def test_each_ddp_run_of_a_sweep_is_a_process_of_its_own(tmp_path: Path) -> None:
     overrides = ["trainer=ddp_cpu", "max_steps=2", "seed=0,1", "validate=false", "logger=none"]
     done = steadyflow(tmp_path, *TRAIN, "-m", *overrides, "hydra.sweep.dir=sweep")

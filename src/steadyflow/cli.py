@@ -69,9 +69,7 @@ def main(argv: list[str] | None = None) -> int:
         from steadyflow.launch import launch
 
         return launch(job, rest)
-    except KeyboardInterrupt:
-        if os.environ.get("LOCAL_RANK", "0") != "0":
-            return 0  # the first process reports; Lightning kills it when another one fails
+    except KeyboardInterrupt:  # while importing
         print(f"steadyflow {job}: interrupted", file=sys.stderr)
         return 130
 

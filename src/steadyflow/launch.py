@@ -49,10 +49,12 @@ class Task:
     Args:
         job: the job's name.
         flags: the command line's own config sources (--config-dir ...), which a run in its own process repeats.
+        first: whether this process speaks to the user: none started by DDP or by a sweep.
     """
 
     job: str
     flags: tuple[str, ...] = ()
+    first: bool = True
     value: Any = field(default=None, init=False)  # of the latest run in this process
     error: Exception | None = field(default=None, init=False)
 
@@ -73,7 +75,7 @@ class Task:
                 self.value = self._in_own_process(hydra)
             else:
                 if _starts_processes(config):
-                    _end_after_interruption(self.job)
+                    _end_after_interruption(self)
                 job = import_module(f"steadyflow.jobs.{self.job}")
                 logging.getLogger("lightning").handlers.clear()  # Hydra's log has its messages already
                 result = job.run(config)
@@ -133,8 +135,12 @@ def launch(job: str, argv: list[str]) -> int:
         The exit code: 0; 2 after one line on stderr; 1 for a bug in a sweep. A bug in a single run is raised.
     """
     result_file = os.environ.pop(RESULT, None)  # not for the processes that DDP starts
-    parent = os.getppid()
-    task, overrides, sources = Task(job), [], {}
+    rank, parent = os.environ.get("LOCAL_RANK", "0"), os.getppid()
+    task = Task(job, first=result_file is None and rank == "0")
+    if not task.first:
+        _end_with(parent)
+    overrides: list[str] = []
+    sources: dict[str, str | None] = {}
     try:
         hydra_version.setbase("1.3")
         arguments = _parse(argv)
@@ -146,6 +152,10 @@ def launch(job: str, argv: list[str]) -> int:
             patch.object(JobReturn, "return_value", property(_return_value, vars(JobReturn)["return_value"].fset)),
         ):
             hydra_utils._run_hydra(arguments, arguments.parser, task, str(config_dir()), job)
+    except KeyboardInterrupt:
+        if task.first:
+            print(f"steadyflow {job}: interrupted", file=sys.stderr)
+        return 130 if rank == "0" else 0  # Lightning kills the first process where another one fails
     except SystemExit as stop:  # after --help; Hydra ends with 1 where --cfg --package names nothing
         return 2 if arguments.cfg and stop.code else stop.code if isinstance(stop.code, int) else 0
     except Crash as crash:
@@ -164,7 +174,7 @@ def launch(job: str, argv: list[str]) -> int:
             raise
         if result_file:
             Path(result_file).write_text(json.dumps({"mistake": message}))
-        elif (rank := os.environ.get("LOCAL_RANK", "0")) == "0":
+        elif task.first:
             print(f"steadyflow {job}: error: {message}", file=sys.stderr)
         else:
             time.sleep(3)  # a mistake that the first process made too, it has told, and ended
@@ -228,7 +238,7 @@ def _starts_processes(config: DictConfig) -> bool:
     return not (SLURMEnvironment.detect() or TorchElasticEnvironment.detect())  # they have started them already
 
 
-def _end_after_interruption(job: str, seconds: float = 20) -> None:
+def _end_after_interruption(task: Task, seconds: float = 20) -> None:
     """Let Ctrl-C end this process, if it has to be without cleaning up, even where it waits for another process.
 
     Such waiting (the rendezvous of DDP above all) is outside Python, where an interruption is not seen.
@@ -241,16 +251,28 @@ def _end_after_interruption(job: str, seconds: float = 20) -> None:
         while signal.SIGINT not in os.read(read, 64):
             pass
         time.sleep(seconds)
-        if os.environ.get("LOCAL_RANK", "0") == "0":
-            print(f"steadyflow {job}: interrupted", file=sys.stderr, flush=True)
+        if task.first:
+            print(f"steadyflow {task.job}: interrupted", file=sys.stderr, flush=True)
         os._exit(130)
+
+    threading.Thread(target=watch, daemon=True).start()
+
+
+def _end_with(parent: int, seconds: float = 10) -> None:
+    """End this process when the one that started it is gone: killed, it cannot say so."""
+
+    def watch() -> None:
+        while os.getppid() == parent:
+            time.sleep(1)
+        time.sleep(seconds)  # for what does not need the other
+        os._exit(1)
 
     threading.Thread(target=watch, daemon=True).start()
 
 
 def _end(process: subprocess.Popen[bytes]) -> None:
     """Wait for an interrupted process. The terminal interrupts it too; a signal to this process alone does not."""
-    for send, seconds in ((None, 3), (signal.SIGINT, 10), (signal.SIGKILL, 10)):
+    for send, seconds in ((None, 3), (signal.SIGINT, 30), (signal.SIGKILL, 10)):
         if send is not None:
             process.send_signal(send)
         try:
