@@ -140,7 +140,7 @@ def test_a_loss_that_is_not_finite_is_one_line_that_names_the_step(mistake):
         (["warmup=2000"], "need 0 <= warmup <= max_steps"),
         (["lr_decay=linear"], "lr_decay must be null or cosine"),
         (["save_every=0"], "save_every must be at least 1"),
-        (["+trainer.precision=bf16-true"], "set trainer.precision to bf16-mixed"),
+        (["trainer.precision=bf16-true"], "set trainer.precision to bf16-mixed"),
     ],
 )
 def test_mistakes_are_one_line(mistake, overrides, message):
