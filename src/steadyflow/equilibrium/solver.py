@@ -1,0 +1,255 @@
+"""What a fixed-point solver is: a map and a start in, a solution per item out."""
+
+import math
+import warnings
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from dataclasses import dataclass
+from enum import IntEnum
+
+import torch
+from torch import Tensor
+
+Map = Callable[..., Tensor]  # f(z (n, *S), *args) -> (n, *S); args lead with n, or are None
+Arguments = tuple[Tensor | None, ...]
+Norm = Callable[[Tensor], Tensor]  # a (semi)norm (n, *S) -> (n,)
+Callback = Callable[[int, Tensor, Tensor, Tensor], None]  # (k, rows (n,), f(z_k) (n, *S), relative residual (n,))
+
+
+class Status(IntEnum):
+    """How an item left the solver."""
+
+    CONVERGED = 0
+    CAP = 1  # reached max_iterations
+    DIVERGED = 2  # the residual is not finite, or GROWTH times the first one
+    CYCLE = 3  # reached max_iterations going round a limit cycle of `Solution.period` iterates
+
+
+@dataclass(frozen=True)
+class Solution:
+    """What a solver returns for B items, in the order they came in.
+
+    z (B, *S): the iterate of the smallest absolute residual of each item (see `FixedPointSolver.returns_image`).
+    residual (K, B): |f(z_k) - z_k| / |f(z_k)| in float64, of every evaluated iterate z_0, z_1, ...; infinite where f
+        was not finite, NaN after the item has left.
+    status (B,): a `Status`, int8.
+    period (B,): of the limit cycle, 0 where there is none.
+    """
+
+    z: Tensor
+    residual: Tensor
+    status: Tensor
+    period: Tensor
+
+    @property
+    def iterations(self) -> Tensor:
+        """(B,): iterates evaluated until the item left."""
+        return (~self.residual.isnan()).sum(0)
+
+    @property
+    def converged(self) -> Tensor:
+        """(B,): whether the tolerance was met."""
+        return self.status == Status.CONVERGED
+
+
+class Update(ABC):
+    """One solve's memory: the next iterates from the present ones. Iterates are flat, (n, D), n <= B still active."""
+
+    @abstractmethod
+    def step(self, z: Tensor, g: Tensor, f: Map, args: Arguments) -> Tensor:
+        """The next iterates (n, D) from z and g = f(z, *args) - z, which the loop leaves unchanged ever after."""
+
+    def keep(self, order: Tensor) -> None:  # noqa: B027 (no memory, nothing to do)
+        """Items have left: row i of what follows is row order[i] of what was. order[i] = i except where a row from
+        the end fills a gap, so a memory need only move those rows (`fill`)."""
+
+
+class FixedPointSolver(ABC):
+    """Finds z = f(z, *args) for B independent items, from z0.
+
+        item b converges at the first k with |f(z_k) - z_k| <= max(atol, rtol |f(z_k)|)
+
+    Row b of f(z, *args) may depend on row b of z and args only. Every item has its own stopping and its own returned
+    iterate, so a batch of B equals B batches of one. An item that is done leaves: f sees the rows still active, in an
+    order of the solver's choosing, and the same rows of every argument (`compact`). The loop evaluates f once an
+    iteration and waits for the device once an iteration, to learn who leaves.
+
+    f runs without autograd (a map that needs gradients inside enables them itself) and under the caller's autocast;
+    the solver's arithmetic runs in z0's dtype outside autocast. The solver builds no graph: for gradients through the
+    solution see `Equilibrium`. f may be a compiled function; with compact=False its shapes never change.
+
+    A diverging item leaves with its best iterate, and one warning names all such items. Limit cycles are looked for
+    among items that reach the cap: iterates that repeat, to a thousandth, over their last three periods.
+
+    Args:
+        max_iterations: the cap K on evaluations of f per item.
+        rtol, atol: the tolerances; 0 and 0 runs to the cap, or to an exact fixed point.
+        compact: whether items that are done leave the computation. False: f always sees all B rows, and rows that are
+            done no longer change.
+
+    Raises:
+        ValueError: max_iterations < 1, a negative tolerance, z0 not of a floating dtype, an argument that does not
+            lead with B, or f(z) not of the shape of z.
+    """
+
+    GROWTH = 1e6  # of the residual over the first one (or the rounding error of f(z)) that counts as divergence
+    returns_image = True  # the solution is f(z_k), already paid for and nearer for a contraction; False: z_k itself
+
+    def __init__(self, max_iterations: int = 50, rtol: float = 1e-4, atol: float = 0.0, compact: bool = True):
+        if max_iterations < 1 or rtol < 0 or atol < 0:
+            raise ValueError(f"need max_iterations >= 1, rtol >= 0 and atol >= 0, got {max_iterations}, {rtol}, {atol}")
+        self.max_iterations, self.rtol, self.atol, self.compact = max_iterations, float(rtol), float(atol), compact
+
+    @abstractmethod
+    def start(self, z0: Tensor) -> Update:
+        """The memory of a solve that starts at z0 (B, *S)."""
+
+    def __call__(
+        self, f: Map, z0: Tensor, *args: Tensor | None, norm: Norm | None = None, callback: Callback | None = None
+    ) -> Solution:
+        """Solves z = f(z, *args).
+
+        Args:
+            f: the map.
+            z0: (B, *S), any shape S, any floating dtype.
+            args: what f takes besides z: tensors (B, ...), indexed by the solver as items leave, or None.
+            norm: the (semi)norm (n, *S) -> (n,) that residuals are measured in; by default the Euclidean norm of the
+                whole item. `lambda r: r[:, -1].flatten(1).norm(dim=1)` stops on the last state of a trajectory alone.
+            callback: called after each evaluation with k, the active items' positions in z0, f(z_k) and the relative
+                residuals, each of the active rows.
+        """
+        kind = z0.device.type
+        if not z0.is_floating_point():
+            raise ValueError(f"z0 must be of a floating dtype, got {z0.dtype}")
+        if wrong := [a.shape for a in args if a is not None and (a.ndim == 0 or len(a) != len(z0))]:
+            raise ValueError(f"every argument must lead with the batch of z0, {len(z0)}; got shape {tuple(wrong[0])}")
+        amp = torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind)
+
+        def evaluate(z: Tensor, *args: Tensor | None) -> Tensor:
+            with torch.autocast(kind, enabled=amp[0], dtype=amp[1]):
+                out = f(z.view(-1, *z0.shape[1:]), *args)
+            if out.shape != (len(z), *z0.shape[1:]):
+                raise ValueError(f"f must keep the shape {(len(z), *z0.shape[1:])} of z, got {tuple(out.shape)}")
+            return out.detach().reshape(z.shape).to(z.dtype)
+
+        with torch.no_grad(), torch.autocast(kind, enabled=False):
+            return self._solve(evaluate, z0.detach(), args, norm or euclidean, callback)
+
+    def _solve(self, f: Map, z0: Tensor, args: Arguments, norm: Norm, callback: Callback | None) -> Solution:
+        batch, shape, device, eps = len(z0), z0.shape[1:], z0.device, torch.finfo(z0.dtype).eps
+        n, active = batch, args
+        z = z0.reshape(batch, math.prod(shape))
+        best, rows = z.clone(), torch.arange(batch, device=device)  # all B rows; the first n are active
+        lowest = torch.full((batch,), math.inf, dtype=torch.float64, device=device)
+        first, last = lowest.clone(), lowest.clone()  # absolute residuals, like `lowest` in the order items came in
+        status = torch.full((batch,), Status.CAP, dtype=torch.int8, device=device)
+        alive = torch.ones(batch, dtype=torch.bool, device=device)
+        probe = torch.arange(z.shape[1], device=device, dtype=torch.float64).mul_(0.7).cos_().to(wide(z.dtype))
+        residuals: list[Tensor] = []
+        prints: list[Tensor] = []  # a number that tells iterates apart, for the search of limit cycles
+        update = self.start(z0)
+
+        for k in range(self.max_iterations if batch else 0):
+            fz = f(z, *active)
+            g = fz - z
+            r, size = norm(g.view(n, *shape)).double(), norm(fz.view(n, *shape)).double()
+            finite = r.isfinite() & size.isfinite()
+            relative = torch.where(finite, torch.where(r > 0, r / size, 0.0), math.inf)
+            here = rows[:n]
+            blank = torch.full((2, batch), math.nan, dtype=torch.float64, device=device)
+            blank[:, here] = torch.where(
+                alive[:n], torch.stack([relative, (z.to(probe.dtype) @ probe).double()]), math.nan
+            )
+            residuals.append(blank[0])
+            prints.append(blank[1])
+            if callback is not None:
+                callback(k, here, fz.view(n, *shape), relative)
+
+            if k == 0:
+                first[here] = r
+            last[here] = torch.where(alive[:n], r, last[here])
+            better = alive[:n] & finite & (r < lowest[here])
+            lowest[here] = torch.where(better, r, lowest[here])
+            torch.where(better[:, None], fz if self.returns_image else z, best[:n], out=best[:n])
+            met = finite & ((r <= self.atol) | (r <= self.rtol * size))
+            lost = ~finite | (r > self.GROWTH * torch.maximum(first[here], eps * size))
+            done = alive[:n] & (met | lost)
+            verdict = torch.where(met, Status.CONVERGED, Status.DIVERGED).to(torch.int8)
+            status[here] = torch.where(done, verdict, status[here])
+            if bool(done.any()):
+                stay = (~done & alive[:n]).nonzero().squeeze(1)
+                if len(stay) == 0:
+                    break
+                if self.compact:
+                    n = len(stay)
+                    gaps, movers = done[:n].nonzero().squeeze(1), stay[stay >= n]
+                    order = torch.arange(n, device=device).index_copy_(0, gaps, movers)
+                    swap(best, gaps, movers)
+                    swap(rows, gaps, movers)
+                    z, g = z[order], g[order]
+                    update.keep(order)
+                    active = tuple(None if a is None else a[rows[:n]] for a in args)
+                else:
+                    alive = alive & ~done
+            if k + 1 < self.max_iterations:
+                if not self.compact:
+                    g = torch.where(alive[:, None], g, 0.0)
+                z = update.step(z, g, f, active)
+                if not self.compact:
+                    z = torch.where(alive[:, None], z, best)
+
+        residual = torch.stack(residuals) if residuals else lowest.new_empty(0, batch)
+        period = torch.zeros(batch, dtype=torch.int64, device=device)
+        if residuals:
+            period = torch.where((status == Status.CAP) & (residual[-1] > 32 * eps), cycle(torch.stack(prints)), period)
+            status = torch.where(period > 0, Status.CYCLE, status).to(torch.int8)
+        answer = torch.empty_like(best).index_copy_(0, rows, best)
+        solution = Solution(answer.view(z0.shape), residual, status, period)
+        self._warn(solution, first, last)
+        return solution
+
+    def _warn(self, solution: Solution, first: Tensor, last: Tensor) -> None:
+        lost = (solution.status == Status.DIVERGED).nonzero().squeeze(1).tolist()
+        if lost:
+            b = lost[0]
+            warnings.warn(
+                f"{type(self).__name__}: {len(lost)} of {len(first)} items diverged "
+                f"({', '.join(map(str, lost[:8]))}{', ...' if len(lost) > 8 else ''}); item {b} left at iteration "
+                f"{int(solution.iterations[b])} with |f(z) - z| = {float(last[b]):.3g} ({float(first[b]):.3g} at "
+                f"first); each is returned at its best iterate",
+                stacklevel=4,
+            )
+
+
+def euclidean(r: Tensor) -> Tensor:
+    """|r| of each item (n, *S) -> (n,), in float32 or wider."""
+    return torch.linalg.vector_norm(r.flatten(1) if r.ndim > 1 else r[:, None], dim=1, dtype=wide(r.dtype))
+
+
+def wide(dtype: torch.dtype) -> torch.dtype:
+    """The dtype that numbers of `dtype` are summed in: float32, or float64 for float64."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def swap(x: Tensor, a: Tensor, b: Tensor) -> None:
+    """Exchanges the rows a and b of x."""
+    x[a], x[b] = x[b], x[a]
+
+
+def fill(x: Tensor, order: Tensor) -> None:
+    """The first rows of x become x[order], in place; only rows that come from elsewhere are written."""
+    gaps = (order != torch.arange(len(order), device=order.device)).nonzero().squeeze(1)
+    x[gaps] = x[order[gaps]]
+
+
+def cycle(prints: Tensor, longest: int = 16, tolerance: float = 1e-3) -> Tensor:
+    """(B,): the smallest p in 2..longest with z_k = z_{k-p} for the last 2 p iterates, 0 where there is none.
+
+    Told from one number (K, B) per iterate, to `tolerance` of its range over the last p iterates.
+    """
+    period = torch.zeros(prints.shape[1], dtype=torch.int64, device=prints.device)
+    for p in range(min(longest, len(prints) // 3), 1, -1):
+        change = (prints[-2 * p :] - prints[-3 * p : -p]).abs().amax(0)
+        extent = prints[-p:].amax(0) - prints[-p:].amin(0)
+        period = torch.where((change <= tolerance * extent) & (extent > 0), p, period)
+    return period
