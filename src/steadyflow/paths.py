@@ -19,6 +19,11 @@ class GaussianPath(ABC):
     Every method takes a float or a tensor of any shape and returns float64 tensors of the same shape on its device.
     """
 
+    @property
+    def knots(self) -> Tensor:
+        """The times (K,), rising, at which a derivative of (alpha, sigma) jumps. None on a smooth path."""
+        return torch.empty(0, dtype=torch.float64)
+
     @abstractmethod
     def __call__(self, t: Time) -> tuple[Tensor, Tensor]:
         """(alpha, sigma) at time t."""
@@ -107,6 +112,10 @@ class DiscreteVariancePreserving(GaussianPath):
         self.beta_start, self.beta_end, self.steps = float(beta_start), float(beta_end), int(steps)
         betas = torch.linspace(self.beta_start, self.beta_end, self.steps, dtype=torch.float64)
         self._table = torch.cat([betas.new_zeros(1), -torch.log1p(-betas).cumsum(0)])  # B = -log alpha_bar at the knots
+
+    @property
+    def knots(self) -> Tensor:
+        return torch.arange(1, self.steps, dtype=torch.float64) / self.steps
 
     def _integral(self, t: Tensor) -> tuple[Tensor, Tensor]:
         """B(t) = -log alpha_bar(t) and its slope in t."""

@@ -2,9 +2,10 @@
 
 from steadyflow.samplers.ddim import DDIM
 from steadyflow.samplers.ddpm import DDPM
+from steadyflow.samplers.deis import DEIS, IPNDM
 from steadyflow.samplers.euler import Euler
 from steadyflow.samplers.heun import Heun
 from steadyflow.samplers.rk45 import RK45
 from steadyflow.samplers.sampler import OneStepSampler, Sampler
 
-__all__ = ["DDIM", "DDPM", "RK45", "Euler", "Heun", "OneStepSampler", "Sampler"]
+__all__ = ["DDIM", "DDPM", "DEIS", "IPNDM", "RK45", "Euler", "Heun", "OneStepSampler", "Sampler"]

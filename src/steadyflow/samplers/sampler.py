@@ -102,14 +102,19 @@ class OneStepSampler(Sampler):
             sums.append(x.sum(dtype=torch.float32))  # one number a step: the check below synchronises once
             if progress is not None:
                 progress((k + 1) / self.steps)
-        bad = (~torch.stack(sums).isfinite()).nonzero()
-        if len(bad):
-            k = int(bad[0])
-            raise FloatingPointError(
-                f"the state is not finite after step {k + 1} of {self.steps} (t = {self.times[k]:.4g} -> "
-                f"{self.times[k + 1]:.4g}); the network returned NaN or the step diverged"
-            )
+        check_finite(sums, self.times)
         return x
+
+
+def check_finite(sums: list[Tensor], times: Tensor) -> None:
+    """Raises a FloatingPointError at the first step whose state, by the sum () of its entries, is not finite."""
+    bad = (~torch.stack(sums).isfinite()).nonzero()
+    if len(bad):
+        k = int(bad[0])
+        raise FloatingPointError(
+            f"the state is not finite after step {k + 1} of {len(times) - 1} (t = {times[k]:.4g} -> "
+            f"{times[k + 1]:.4g}); the network returned NaN or the step diverged"
+        )
 
 
 def time_grid(path: GaussianPath, grid: Grid | Tensor | Sequence[float], steps: int | None) -> Tensor:

@@ -1,0 +1,296 @@
+"""DEIS: Adams-Bashforth and Runge-Kutta methods for the probability flow as d(x / alpha) = eps d(sigma / alpha)."""
+
+from collections.abc import Sequence
+from itertools import count
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from steadyflow.denoisers import Denoiser
+from steadyflow.grids import Grid
+from steadyflow.noise import NoiseSource
+from steadyflow.paths import GaussianPath, accumulate, combine, expand
+from steadyflow.samplers.adams import Variable, adams_integrals
+from steadyflow.samplers.multistep import MultistepSampler
+from steadyflow.samplers.sampler import Coefficients, OneStepSampler, Progress, Sampler
+
+VARIABLES: dict[str, Variable] = {"tab": "t", "rhoab": "rho", "log_rhoab": "log_rho"}
+
+
+class DEIS(Sampler):
+    """The probability flow is d(x / alpha) = eps d rho, rho = sigma / alpha, so a step t_n -> t_{n+1} is exactly
+
+        x_{n+1} = (alpha_{n+1} / alpha_n) x_n + alpha_{n+1} int_{rho_n}^{rho_{n+1}} eps d rho
+
+    and only eps = (x - alpha D) / sigma is approximated:
+
+        tab         by the polynomial in t through its last order + 1 values      (Eq. 6.13-6.15)
+        rhoab       the same in rho                                               (Eq. 6.17)
+        log_rhoab   the same in log rho (not in the source)
+        rho_rk      by a Runge-Kutta method in rho: heun2, kutta3 or rk4          (Eq. 6.17)
+
+    `order` of an AB variant is the degree of the polynomial, as in the source: 0 is DDIM, and tAB3 converges with order
+    4. Other libraries count the values (diffusers' solver_order=3 is order=2 here). The first steps use what values
+    there are; that caps the order of convergence as N grows at 2 on some paths, but not the accuracy at few steps.
+    AB takes one denoiser call a step, heun2 2, kutta3 3, rk4 4, but a step to sigma = 0 or from alpha = 0 takes one.
+
+    Choose the grid by its variable: tab with quadratic, log_rhoab and rho_rk with log_snr or karras.
+    Source: Zhang & Chen 2023 (DEIS); Zhang 2023, Section 6.3-6.4 and Algorithm 5.
+
+    Args:
+        path, grid, steps: see OneStepSampler.
+        variant: tab, rhoab, log_rhoab or rho_rk.
+        order: 0..3 for AB; heun2, kutta3 or rk4 for rho_rk.
+        nfe: a budget of denoiser calls in place of steps: the fewest steps that reach it.
+
+    Raises:
+        ValueError: an unknown variant, an order that it does not have, or nfe with a list of times.
+    """
+
+    def __init__(
+        self,
+        path: GaussianPath,
+        grid: Grid | Tensor | Sequence[float],
+        steps: int | None = None,
+        variant: str = "tab",
+        order: int | str = 3,
+        nfe: int | None = None,
+    ):
+        if variant == "rho_rk":
+            calls = RungeKutta.calls_of(order)
+        elif variant in VARIABLES:
+            calls = 1
+        else:
+            raise ValueError(f"variant must be tab, rhoab, log_rhoab or rho_rk, got {variant}")
+        if nfe is not None and not (isinstance(grid, Grid) and nfe >= 1):
+            raise ValueError(f"nfe must be a positive number of calls, on a grid that is a rule; got nfe = {nfe}")
+
+        def build(steps: int | None) -> AdamsBashforth | RungeKutta:
+            if variant == "rho_rk":
+                return RungeKutta(path, grid, steps, order)
+            return AdamsBashforth(path, grid, steps, variant, order)
+
+        self.method = (
+            build(steps)
+            if nfe is None
+            else next(method for steps in count(-(-nfe // calls)) if (method := build(steps)).nfe >= nfe)
+        )
+
+    @property
+    def path(self) -> GaussianPath:
+        return self.method.path
+
+    @property
+    def times(self) -> Tensor:
+        return self.method.times
+
+    @property
+    def steps(self) -> int:
+        return self.method.steps
+
+    @property
+    def nfe(self) -> int:
+        """The denoiser calls of a sample."""
+        return self.method.nfe
+
+    def __call__(
+        self,
+        denoiser: Denoiser,
+        noise: NoiseSource,
+        *,
+        start: Tensor | None = None,
+        progress: Progress | None = None,
+        **condition: Tensor,
+    ) -> Tensor:
+        return self.method(denoiser, noise, start=start, progress=progress, **condition)
+
+
+class NoiseMultistep(MultistepSampler):
+    """x_{n+1} = alpha_{n+1} D_n + sigma_{n+1} eps_n + alpha_{n+1} sum_{j>=1} W_nj (eps_{n-j} - eps_n)
+
+    DDIM, and what past values of eps say of its change, by weights W in units of rho. In this form, the first line of
+    DEIS with its first two terms gathered, nothing is infinite at alpha = 0 or sigma = 0.
+
+    Args:
+        path, grid, steps: see OneStepSampler.
+    """
+
+    keeps_noise = True
+
+    @property
+    def nfe(self) -> int:
+        return self.steps
+
+    def rows(self, weights: Tensor) -> Tensor:
+        """The table (N, q + 3) of the weights W (N, q)."""
+        alpha, sigma = self.path(self.times)
+        keep = (sigma[1:] - alpha[1:] * weights.sum(1)) / sigma[:-1]
+        ago = (torch.arange(self.steps).unsqueeze(1) - torch.arange(1, weights.shape[1] + 1)).clamp(min=0)
+        past = alpha[1:, None] * weights / sigma[ago]  # of x - alpha D = sigma eps
+        pull = alpha[1:] - keep * alpha[:-1]
+        return torch.cat([keep.unsqueeze(1), pull.unsqueeze(1), past, torch.zeros_like(keep).unsqueeze(1)], 1)
+
+
+class AdamsBashforth(NoiseMultistep):
+    """tAB, rhoAB and log-rho AB of DEIS: W_nj = int_{rho_n}^{rho_{n+1}} L_nj d rho, L_nj the Lagrange basis on
+    t_n, ..., t_{n-order} in t, rho or log rho.
+
+    A step to sigma = 0 in log rho, and a value at rho = infinity in rho or log rho, have no polynomial: the order is
+    lower there.
+
+    Args:
+        path, grid, steps: see OneStepSampler.
+        variant: tab, rhoab or log_rhoab.
+        order: the degree, 0..3.
+
+    Attributes:
+        quadrature_error: the estimated error of the coefficients, times alpha: of what is added to x for eps of size 1.
+    """
+
+    def __init__(
+        self,
+        path: GaussianPath,
+        grid: Grid | Tensor | Sequence[float],
+        steps: int | None = None,
+        variant: str = "tab",
+        order: int | str = 3,
+    ):
+        super().__init__(path, grid, steps)
+        if order not in (0, 1, 2, 3):
+            raise ValueError(f"the order of {variant} must be 0, 1, 2 or 3, got {order}")
+        degree = int(order)
+        weights, error = adams_integrals(path, self.times, range(1, degree + 1), VARIABLES[variant])
+        self.quadrature_error = float((path(self.times[1:])[0] * error).max())
+        self._table = self.rows(weights)
+
+    @property
+    def table(self) -> Tensor:
+        return self._table
+
+
+class IPNDM(NoiseMultistep):
+    """DDIM with eps replaced by the Adams-Bashforth mean of its last values, as if the steps were equal:
+
+        e = eps_n;  (3 eps_n - eps_{n-1}) / 2;  (23 eps_n - 16 eps_{n-1} + 5 eps_{n-2}) / 12;
+            (55 eps_n - 59 eps_{n-1} + 37 eps_{n-2} - 9 eps_{n-3}) / 24         for order 0, 1, 2, 3
+        x_{n+1} = (alpha_{n+1} / alpha_n) x_n + (sigma_{n+1} - sigma_n alpha_{n+1} / alpha_n) e
+
+    No integrals, at the price of the order: it converges with order 2 for every order >= 1, but on a grid uniform in
+    rho, where it is rhoAB. Source: Zhang & Chen 2023 (iPNDM, Appendix H.2); Liu et al. 2022 (PNDM), Eq. 12.
+
+    Args:
+        path, grid, steps: see OneStepSampler. One denoiser call a step.
+        order: 0..3, the number of past values.
+    """
+
+    PAST = ((), (-1 / 2,), (-16 / 12, 5 / 12), (-59 / 24, 37 / 24, -9 / 24))
+
+    def __init__(
+        self,
+        path: GaussianPath,
+        grid: Grid | Tensor | Sequence[float],
+        steps: int | None = None,
+        order: int = 3,
+    ):
+        super().__init__(path, grid, steps)
+        if order not in (0, 1, 2, 3):
+            raise ValueError(f"order must be 0, 1, 2 or 3, got {order}")
+        rho = path.ratio(self.times)
+        weights = rho.new_zeros(self.steps, order)
+        for n in range(1, self.steps):
+            past = self.PAST[min(n, order)]
+            weights[n, : len(past)] = (rho[n + 1] - rho[n]) * rho.new_tensor(past)
+        self._table = self.rows(weights)
+
+    @property
+    def table(self) -> Tensor:
+        return self._table
+
+
+class RungeKutta(OneStepSampler):
+    """rho RK-DEIS: a Runge-Kutta method (a, b, c) for z = x / alpha, dz / d rho = eps(alpha z):
+
+        eps_i = eps(alpha(rho_i) [z + (rho_s - rho_t) sum_j a_ij eps_j], rho_i),   rho_i = rho_t + c_i (rho_s - rho_t)
+        x_s = alpha_s [z + (rho_s - rho_t) sum_i b_i eps_i]
+
+    with Heun's method, Kutta's of order 3 or the classical one of order 4. A step to sigma_s = 0, where eps says
+    nothing, or from alpha_t = 0, where rho is infinite, is DDIM's.
+
+    Args:
+        path, grid, steps: see OneStepSampler.
+        order: heun2, kutta3 or rk4.
+    """
+
+    METHODS: ClassVar[dict[str, tuple[list[float], list[list[float]]]]] = {  # c; a, whose last row is b
+        "heun2": ([0, 1], [[], [1], [1 / 2, 1 / 2]]),
+        "kutta3": ([0, 1 / 2, 1], [[], [1 / 2], [-1, 2], [1 / 6, 2 / 3, 1 / 6]]),
+        "rk4": ([0, 1 / 2, 1 / 2, 1], [[], [1 / 2], [0, 1 / 2], [0, 0, 1], [1 / 6, 1 / 3, 1 / 3, 1 / 6]]),
+    }
+
+    def __init__(
+        self,
+        path: GaussianPath,
+        grid: Grid | Tensor | Sequence[float],
+        steps: int | None = None,
+        order: int | str = "heun2",
+    ):
+        super().__init__(path, grid, steps)
+        self.calls_of(order)
+        self.nodes, self.matrix = self.METHODS[str(order)]
+
+    @classmethod
+    def calls_of(cls, order: int | str) -> int:
+        """The calls of a step."""
+        if order not in cls.METHODS:
+            raise ValueError(f"the order of rho_rk must be heun2, kutta3 or rk4, got {order}")
+        return len(cls.METHODS[str(order)][0])
+
+    @property
+    def nfe(self) -> int:
+        """The denoiser calls of a sample."""
+        single = self.single(self.times[:-1], self.times[1:])
+        return int(torch.where(single, 1, len(self.nodes)).sum())
+
+    def single(self, t: Tensor, s: Tensor) -> Tensor:
+        """Where a step is DDIM's; alpha(1) = 0 to rounding counts as 0."""
+        return (self.path(s)[1] == 0) | (self.path.ratio(t) > 1e8)
+
+    def coefficients(self, t: Tensor, s: Tensor) -> Coefficients:
+        """single; keep and pull of DDIM; then for each stage and the end alpha, sigma, alpha / alpha_t, alpha delta."""
+        (a_t, s_t), (a_s, s_s) = self.path(t), self.path(s)
+        single = self.single(t, s)
+        rho, delta = self.path.ratio(t), self.path.ratio(s) - self.path.ratio(t)
+        keep = s_s / s_t
+        out = [single, a_t, s_t, keep, a_s - keep * a_t]
+        for c in self.nodes[1:]:
+            a_c, s_c = (a_s, s_s) if c == 1 else self.path(self.path.time_at(rho + c * delta))
+            out += [a_c, s_c, a_c / a_t, a_c * delta]
+        return (*out, a_s / a_t, a_s * delta)
+
+    def update(
+        self, denoiser: Denoiser, x: Tensor, coefficients: Coefficients, z: Tensor | None, **condition: Tensor
+    ) -> Tensor:
+        single, alpha, sigma, keep, pull, *stages = coefficients
+        if single.any() and not single.all():  # a batch of mixed times: some rows need one call, some more
+            out = torch.empty_like(x)
+            for rows in (single.nonzero()[:, 0], (~single).nonzero()[:, 0]):
+                part = tuple(c[rows] for c in coefficients)
+                given = {name: value[rows] for name, value in condition.items()}
+                out[rows] = self.update(denoiser, x[rows], part, None, **given)
+            return out
+        x0 = denoiser(x, alpha, sigma, **condition)
+        if single.all():
+            return combine(keep, x, pull, x0)
+        eps = [combine(1 / sigma, x, -alpha / sigma, x0)]
+        for i, row in enumerate(self.matrix[1:]):
+            at = stages[4 * i : 4 * i + 4]  # of a stage; of the end, only two
+            y = expand(at[-2], x) * x
+            for a, e in zip(row, eps, strict=True):
+                if a:
+                    y = accumulate(y, a * at[-1], e)
+            if len(at) == 2:
+                return y
+            y0 = denoiser(y, at[0], at[1], **condition)
+            eps.append(combine(1 / at[1], y, -at[0] / at[1], y0))
+        raise AssertionError("the last row of the matrix is the end of the step")

@@ -1,0 +1,139 @@
+"""Samplers that remember: one denoiser call a step, and the outputs of the last few steps."""
+
+from abc import abstractmethod
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from steadyflow.denoisers import Denoiser
+from steadyflow.grids import Grid
+from steadyflow.noise import NoiseSource
+from steadyflow.paths import GaussianPath
+from steadyflow.samplers.sampler import Progress, Sampler, check_finite, noise_start, time_grid
+
+
+class Step(NamedTuple):
+    """What a step takes of the grid. alpha, sigma: of its time, (), float64. keep, pull, past, std: the coefficients of
+    x, D, the q outputs before, and z, (), in the state's dtype and on its device."""
+
+    alpha: Tensor
+    sigma: Tensor
+    level: Tensor  # alpha again, beside the other coefficients
+    keep: Tensor
+    pull: Tensor
+    past: tuple[Tensor, ...]
+    std: Tensor
+
+
+class MultistepSampler(Sampler):
+    """x' = A_n x + B_n D + sum_{j=1..q} C_nj h_{n-j} + std_n z_n,   D = D(x, t_n), one denoiser call a step
+
+    with the outputs h = D of the last q steps or, where `keeps_noise`, h = x - alpha D = sigma eps of them. A, B, C and
+    std are functions of the path and the grid alone: a table (N, q + 3), computed once and used for every batch. A
+    predictor with a corrector that spends no call of its own is such a method too (see `corrected`).
+
+    The first steps have no past: their C are 0, which is the method of lower order. The state and the history are
+    float32 or float64, whatever the precision of the network.
+
+    Args:
+        path, grid, steps: see OneStepSampler.
+
+    Raises:
+        ValueError: from the grid.
+    """
+
+    keeps_noise = False  # whether the history is of sigma eps instead of D
+    stochastic = False
+
+    def __init__(self, path: GaussianPath, grid: Grid | Tensor | Sequence[float], steps: int | None = None):
+        self.path = path
+        self.times = time_grid(path, grid, steps)
+
+    @property
+    def steps(self) -> int:
+        """N, the number of denoiser calls as well."""
+        return len(self.times) - 1
+
+    @property
+    @abstractmethod
+    def table(self) -> Tensor:
+        """(A, B, C_1, ..., C_q, std) of each step, (N, q + 3) float64."""
+
+    def schedule(self, x: Tensor) -> list[Step]:
+        """The steps of the grid, their coefficients beside a state x."""
+        alpha, sigma = (v[:-1] for v in self.path(self.times))
+        rows = torch.cat([alpha.unsqueeze(1), self.table], 1).to(x.device, x.dtype)
+        return [
+            Step(a, s, row[0], row[1], row[2], row[3:-1], row[-1])
+            for a, s, row in zip(alpha.unbind(), sigma.unbind(), [r.unbind() for r in rows.unbind()], strict=True)
+        ]
+
+    def past(self, x: Tensor) -> tuple[Tensor, ...]:
+        """The history (h_{n-1}, ..., h_{n-q}) before the first step: nothing."""
+        return tuple(torch.zeros_like(x) for _ in range(self.table.shape[1] - 3))
+
+    def step(
+        self,
+        denoiser: Denoiser,
+        x: Tensor,
+        past: tuple[Tensor, ...],
+        step: Step,
+        z: Tensor | None = None,
+        **condition: Tensor,
+    ) -> tuple[Tensor, tuple[Tensor, ...]]:
+        """The next state and history. It compiles once: what changes from step to step is in tensors."""
+        x0 = denoiser(x, step.alpha, step.sigma, **condition)
+        out = (x * step.keep).addcmul_(x0, step.pull)
+        for h, c in zip(past, step.past, strict=True):
+            out = out.addcmul_(h, c)
+        if z is not None:
+            out = out.addcmul_(z, step.std)
+        if not past:
+            return out, past
+        return out, (torch.addcmul(x, x0, -step.level) if self.keeps_noise else x0, *past[:-1])
+
+    @torch.no_grad()
+    def __call__(
+        self,
+        denoiser: Denoiser,
+        noise: NoiseSource,
+        *,
+        start: Tensor | None = None,
+        progress: Progress | None = None,
+        **condition: Tensor,
+    ) -> Tensor:
+        x = noise_start(self.path, self.times[0], noise) if start is None else start
+        x = x if x.dtype == torch.float64 else x.float()
+        past, sums = self.past(x), []
+        for k, step in enumerate(self.schedule(x)):
+            z = noise(k + 1) if self.stochastic else None
+            x, past = self.step(denoiser, x, past, step, z, **condition)
+            sums.append(x.sum(dtype=torch.float32))  # one number a step: the check below synchronises once
+            if progress is not None:
+                progress((k + 1) / self.steps)
+        check_finite(sums, self.times)
+        return x
+
+
+def corrected(keep: Tensor, predict: Tensor, correct: Tensor) -> Tensor:
+    """The rows (B, C_1, ..., C_q) (N, q + 1) of a predictor-corrector method that spends one call a step.
+
+        predict:  p_{n+1} = A_n x_n + sum_{j=0..q-1} P_nj D_{n-j} + std_n z_n,   D_n = D(p_n, t_n)
+        correct:  x_{n+1} = A_n x_n + sum_{j=-1..q-1} K_nj D_{n-j} + std_n z_n
+
+    Since x_{n+1} - p_{n+1} is linear in the D alone, eliminating x leaves an explicit method in p,
+
+        p_{n+1} = A_n p_n + sum_{j=0..q} [P_nj + A_n (K - P)_{n-1,j-1}] D_{n-j} + std_n z_n      (P_nq = P_n,-1 = 0)
+
+    so the corrector costs one more term of history, and the last state is a predicted one.
+
+    Args:
+        keep: A (N,).
+        predict: P (N, q), newest first.
+        correct: K (N, q + 1), newest first: of D_{n+1}, D_n, ...; a step without a corrector has 0 and then P.
+    """
+    none = torch.zeros_like(predict[:, :1])
+    change = correct - torch.cat([none, predict], 1)  # of the step n; felt by the step n + 1
+    return torch.cat([predict, none], 1) + keep.unsqueeze(1) * torch.cat([torch.zeros_like(change[:1]), change[:-1]])
