@@ -49,7 +49,7 @@ def test_linear_map_of_dimension_m_is_exact_after_m_plus_1_evaluations(radius: f
 
 
 def test_equivalent_to_gmres_on_a_linear_map() -> None:
-    """Walker & Ni 2011, Theorem 2.2: the damped least-squares residual of step k is GMRES' k-th residual."""
+    """Walker & Ni 2011, section 2: the damped least-squares residual of step k is GMRES' k-th residual."""
     matrix, shift, _ = linear(1, 12, 0.95)
     history: list[Tensor] = []
     Anderson(m=12, ridge=0.0, max_iterations=9, rtol=0.0)(
@@ -63,7 +63,7 @@ def test_equivalent_to_gmres_on_a_linear_map() -> None:
 
 
 def test_iterates_follow_the_formula() -> None:
-    """Walker & Ni 2011, Eq. 2.2, written down naively with a QR least squares, beta = 0.7, m = 3."""
+    """The update of the docstring, written down naively with a QR least squares, beta = 0.7, m = 3."""
     generator = torch.Generator().manual_seed(0)
     weight = torch.randn(8, 8, generator=generator, dtype=torch.float64) / 3
     shift = torch.randn(1, 8, generator=generator, dtype=torch.float64)

@@ -17,7 +17,7 @@ class Anderson(FixedPointSolver):
     The penalty is ridge sum_i |DG_i|^2 gamma_i^2: relative to the Gram matrix' diagonal, so that neither the units of z
     nor a fast fall of the residual changes what it does. The normal equations, of unit diagonal, are formed and solved
     in float64. On a linear map it is equivalent to GMRES: exact after D + 1 evaluations when m >= D.
-    Source: Anderson 1965, Eq. 4.1-4.6; in the form above Walker & Ni 2011, Eq. 2.2-2.4 (theirs is beta = 1).
+    Source: Anderson 1965, section 4; in this unconstrained form, with beta = 1, Walker & Ni 2011, section 2.
 
     With z (B, T, ...) a trajectory, `mixing` says what one gamma mixes:
         item    the whole item;

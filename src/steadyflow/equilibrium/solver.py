@@ -130,7 +130,7 @@ class FixedPointSolver(ABC):
                 out = f(z.view(-1, *z0.shape[1:]), *args)
             if out.shape != (len(z), *z0.shape[1:]):
                 raise ValueError(f"f must keep the shape {(len(z), *z0.shape[1:])} of z, got {tuple(out.shape)}")
-            return out.detach().reshape(z.shape).to(z.dtype)
+            return out.reshape(z.shape).to(z.dtype)
 
         with torch.no_grad(), torch.autocast(kind, enabled=False):
             return self._solve(evaluate, z0.detach(), args, norm or euclidean, callback)
@@ -150,7 +150,7 @@ class FixedPointSolver(ABC):
         update = self.start(z0)
 
         for k in range(self.max_iterations if batch else 0):
-            fz = f(z, *active)
+            fz = f(z, *active).detach()
             g = fz - z
             r, size = norm(g.view(n, *shape)).double(), norm(fz.view(n, *shape)).double()
             finite = r.isfinite() & size.isfinite()
