@@ -16,6 +16,7 @@ from steadyflow.callbacks.samples import SampleFiles, SampleWriter
 from steadyflow.checkpoints import Checkpoint
 from steadyflow.jobs import record
 from steadyflow.modules.sampling import Sampling, class_labels
+from steadyflow.noise import STREAM
 
 log = logging.getLogger(__name__)
 
@@ -74,7 +75,7 @@ def run(cfg: DictConfig) -> dict[str, Any]:
         enable_progress_bar=cfg.trainer.get("enable_progress_bar", sys.stdout.isatty()),
         enable_checkpointing=False,
     )
-    if record.claim(directory, cfg, inputs={"checkpoint": checkpoint.sha256}, ignore=("batch_size",)):
+    if record.claim(directory, cfg, inputs={"checkpoint": checkpoint.sha256, "noise": STREAM}, ignore=("batch_size",)):
         if record.is_first_process():
             files.tidy()
         finished = torch.from_numpy(files.index())

@@ -87,7 +87,7 @@ class Sampling(L.LightningModule):
         x_i = sampler(denoiser, z_i, label_i),  z_i(step) = Philox(key = (seed, i), counter = step)
 
     so the same samples come out, up to the rounding of the network, for any batch size, number of processes or order
-    of work. An adaptive sampler (rk45) is exempt: it chooses its steps for the batch as a whole.
+    of work.
 
     Args:
         denoiser: of the checkpoint.
