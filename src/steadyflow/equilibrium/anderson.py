@@ -88,6 +88,10 @@ class _History(Update):
 
     def step(self, z: Tensor, g: Tensor, f: Map, args: Arguments) -> Tensor:
         n, states, d = len(z), self.dg.shape[1], self.dg.shape[3]
+
+        def flat(x: Tensor) -> Tensor:
+            return x.view(n, states, d)
+
         plain = z.add(g, alpha=self.solver.beta)
         before, self.z, self.g = (self.z, self.g), z, g
         if before[0] is None or before[1] is None:
@@ -95,23 +99,22 @@ class _History(Update):
             return plain
         slot, columns = self.count % self.m, min(self.count + 1, self.m)
         self.count += 1
-        dg = (g - before[1]).view(n, states, d)
-        self.dg[:n, :, slot] = dg
-        torch.add((z - before[0]).view(n, states, d), dg, alpha=self.solver.beta, out=self.move[:n, :, slot])
+        dg = torch.sub(flat(g), flat(before[1]), out=self.dg[:n, :, slot])
+        torch.sub(flat(z), flat(before[0]), out=self.move[:n, :, slot]).add_(dg, alpha=self.solver.beta)
         self.valid[:n, :, slot] = True
         if self.solver.restart is not None:
             self._forget(g, self.solver.restart)
 
         known = self.dg[:n, :, :columns]
-        right = torch.stack([dg, g.view(n, states, d)], dim=-1)
-        products = (known.double().flatten(0, 1) @ right.double().flatten(0, 1)).unflatten(0, (n, states))
-        self.gram[:n, :, slot, :columns] = self.gram[:n, :, :columns, slot] = products[..., 0]
-        gamma = self._solve(self.gram[:n, :, :columns, :columns], products[..., 1], self.valid[:n, :, :columns])
+        product = inner(known.flatten(0, 1), dg.flatten(0, 1), g.view(-1, d)).unflatten(0, (n, states))
+        self.gram[:n, :, slot, :columns] = self.gram[:n, :, :columns, slot] = product[..., 0]
+        gamma = self._solve(self.gram[:n, :, :columns, :columns], product[..., 1], self.valid[:n, :, :columns])
         if self.solver.mixing == "causal":
-            size, length = (earlier(x.view(n, states, d)) for x in (z, g))
+            size, length = (earlier(flat(x)) for x in (z, g))
             gamma = torch.where((length <= 8 * torch.finfo(z.dtype).eps * size)[..., None], 0.0, gamma)
-        back = gamma.to(z.dtype).view(n * states, 1, columns) @ self.move[:n, :, :columns].flatten(0, 1)
-        return plain.sub_(back.view(z.shape))
+        move = self.move[:n, :, :columns].flatten(0, 1)
+        plain.view(-1, 1, d).baddbmm_(gamma.to(z.dtype).view(-1, 1, columns), move, alpha=-1)
+        return plain
 
     def _solve(self, gram: Tensor, right: Tensor, valid: Tensor) -> Tensor:
         """gamma (n, T, columns) of the normal equations with unit diagonal."""
@@ -131,6 +134,23 @@ class _History(Update):
         rose = size > restart * self.lowest[:n]
         self.valid[:n] &= ~rose[:, None, None]
         self.lowest[:n] = torch.where(rose, size, torch.minimum(size, self.lowest[:n]))
+
+
+def inner(columns: Tensor, a: Tensor, b: Tensor) -> Tensor:
+    """The inner products in float64, (N, c, 2), of the columns (N, c, d) with a and with b, (N, d).
+
+    Block by block: a copy of the whole history in float64 would cost its memory, and most of the time on a CPU.
+    """
+    count, c, d = columns.shape
+    block = 1 << (18 if columns.device.type == "cpu" else 24)  # numbers, on a CPU no more than its cache holds
+    rows, width = max(1, block // (c * d)), max(1, min(d, block // c))
+    out = columns.new_zeros(count, c, 2, dtype=torch.float64)
+    for i in range(0, count, rows):
+        for j in range(0, d, width):
+            at = slice(i, i + rows), slice(j, j + width)
+            right = torch.stack([a[at], b[at]], dim=1).double()
+            out[at[0]] += columns[at[0], :, at[1]].double() @ right.mT
+    return out
 
 
 def earlier(x: Tensor) -> Tensor:

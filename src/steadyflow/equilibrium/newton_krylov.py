@@ -83,5 +83,7 @@ class _Newton(Update):
             basis[:, j + 1] = torch.where(fresh, w / rest, 0.0)
         right = torch.zeros_like(hessenberg[:, :, :1])
         right[:, 0] = length
-        weights = torch.linalg.pinv(hessenberg, rtol=1e-13) @ right
+        finite = hessenberg.isfinite().flatten(1).all(1)[:, None, None]
+        weights = torch.linalg.pinv(torch.where(finite, hessenberg, 0.0), rtol=1e-13) @ right
+        weights = torch.where(finite, weights, torch.nan)  # a product that is not finite must not pass unseen
         return (weights.mT.to(g.dtype) @ basis[:, :steps])[:, 0]

@@ -115,8 +115,8 @@ class FixedPointSolver(ABC):
             args: what f takes besides z: tensors (B, ...), indexed by the solver as items leave, or None.
             norm: the (semi)norm (n, *S) -> (n,) that residuals are measured in; by default the Euclidean norm of the
                 whole item. `lambda r: r[:, -1].flatten(1).norm(dim=1)` stops on the last state of a trajectory alone.
-            callback: called after each evaluation with k, the active items' positions in z0, f(z_k) and the relative
-                residuals, each of the active rows.
+            callback: called after each evaluation with k, the positions in z0 of the rows f saw, and their f(z_k) and
+                relative residuals. Copy what is kept.
         """
         kind = z0.device.type
         if not z0.is_floating_point():
@@ -137,7 +137,8 @@ class FixedPointSolver(ABC):
 
     def _solve(self, f: Map, z0: Tensor, args: Arguments, norm: Norm, callback: Callback | None) -> Solution:
         batch, shape, device, eps = len(z0), z0.shape[1:], z0.device, torch.finfo(z0.dtype).eps
-        n, active = batch, args
+        n, active = batch, args  # how many rows f sees, and their arguments
+        masked = False  # whether some of the n are done, and stay as they are
         z = z0.reshape(batch, math.prod(shape))
         best, rows = z.clone(), torch.arange(batch, device=device)  # all B rows; the first n are active
         lowest = torch.full((batch,), math.inf, dtype=torch.float64, device=device)
@@ -156,12 +157,11 @@ class FixedPointSolver(ABC):
             finite = r.isfinite() & size.isfinite()
             relative = torch.where(finite, torch.where(r > 0, r / size, 0.0), math.inf)
             here = rows[:n]
-            blank = torch.full((2, batch), math.nan, dtype=torch.float64, device=device)
-            blank[:, here] = torch.where(
-                alive[:n], torch.stack([relative, (z.to(probe.dtype) @ probe).double()]), math.nan
-            )
-            residuals.append(blank[0])
-            prints.append(blank[1])
+            row = torch.full((2, batch), math.nan, dtype=torch.float64, device=device)
+            numbers = torch.stack([relative, (z.to(probe.dtype) @ probe).double()])
+            row[:, here] = torch.where(alive[:n], numbers, math.nan)
+            residuals.append(row[0])
+            prints.append(row[1])
             if callback is not None:
                 callback(k, here, fz.view(n, *shape), relative)
 
@@ -190,12 +190,10 @@ class FixedPointSolver(ABC):
                     update.keep(order)
                     active = tuple(None if a is None else a[rows[:n]] for a in args)
                 else:
-                    alive = alive & ~done
+                    alive, masked = alive & ~done, True
             if k + 1 < self.max_iterations:
-                if not self.compact:
-                    g = torch.where(alive[:, None], g, 0.0)
                 z = update.step(z, g, f, active)
-                if not self.compact:
+                if masked:
                     z = torch.where(alive[:, None], z, best)
 
         residual = torch.stack(residuals) if residuals else lowest.new_empty(0, batch)
