@@ -62,29 +62,46 @@ def test_equivalent_to_gmres_on_a_linear_map() -> None:
         assert torch.allclose((shift[0] - system @ x).norm(), torch.tensor(gmres[k]).double(), rtol=1e-5)
 
 
+def naive(f, z0: Tensor, m: int, beta: float, steps: int) -> list[Tensor]:
+    """The iterates of the docstring's update, written down with a QR least squares; z0 (1, D)."""
+    zs, gs = [z0[0]], []
+    for k in range(steps):
+        gs.append(f(zs[k][None])[0] - zs[k])
+        recent = range(max(0, k - m), k)
+        step = beta * gs[k]
+        if k > 0:
+            dz = torch.stack([zs[i + 1] - zs[i] for i in recent], 1)
+            dg = torch.stack([gs[i + 1] - gs[i] for i in recent], 1)
+            step = step - (dz + beta * dg) @ torch.linalg.lstsq(dg, gs[k][:, None]).solution[:, 0]
+        zs.append(zs[k] + step)
+    return zs
+
+
 def test_iterates_follow_the_formula() -> None:
-    """The update of the docstring, written down naively with a QR least squares, beta = 0.7, m = 3."""
     generator = torch.Generator().manual_seed(0)
     weight = torch.randn(8, 8, generator=generator, dtype=torch.float64) / 3
     shift = torch.randn(1, 8, generator=generator, dtype=torch.float64)
     f = lambda z: torch.tanh(z @ weight) + shift  # noqa: E731
-    zs, gs = [torch.zeros(8, dtype=torch.float64)], []
-    for k in range(9):
-        gs.append(f(zs[k][None])[0] - zs[k])
-        if k == 0:
-            zs.append(zs[0] + 0.7 * gs[0])
-            continue
-        recent = range(max(0, k - 3), k)
-        dz = torch.stack([zs[i + 1] - zs[i] for i in recent], 1)
-        dg = torch.stack([gs[i + 1] - gs[i] for i in recent], 1)
-        gamma = torch.linalg.lstsq(dg, gs[k][:, None]).solution[:, 0]
-        zs.append(zs[k] + 0.7 * gs[k] - (dz + 0.7 * dg) @ gamma)
     seen: list[Tensor] = []
     Anderson(m=3, beta=0.7, ridge=0.0, max_iterations=10, rtol=0.0)(
         lambda z: seen.append(z[0].clone()) or f(z), torch.zeros_like(shift)
     )
-    for ours, theirs in zip(seen, zs, strict=True):
+    for ours, theirs in zip(seen, naive(f, torch.zeros_like(shift), 3, 0.7, 9), strict=True):
         assert torch.allclose(ours, theirs, rtol=0, atol=1e-9)
+
+
+@pytest.mark.parametrize("m", [5, 10])
+def test_normal_equations_cost_no_iterations_beside_qr(m: int) -> None:
+    """An ill-conditioned symmetric map, eigenvalues up to 0.99, to a residual of 1e-8."""
+    generator = torch.Generator().manual_seed(0)
+    basis = torch.linalg.qr(torch.randn(60, 60, generator=generator, dtype=torch.float64))[0]
+    weight = (basis * torch.linspace(-0.3, 0.99, 60, dtype=torch.float64)) @ basis.T
+    shift = torch.randn(1, 60, generator=generator, dtype=torch.float64)
+    f = lambda z: z @ weight + shift  # noqa: E731
+    zs = torch.stack(naive(f, torch.zeros_like(shift), m, 1.0, 400))
+    by_qr = int(((f(zs) - zs).norm(dim=1) <= 1e-8 * f(zs).norm(dim=1)).nonzero()[0]) + 1
+    ours = Anderson(m=m, max_iterations=400, rtol=1e-8)(f, torch.zeros_like(shift))
+    assert 50 < int(ours.iterations) <= 1.02 * by_qr
 
 
 def test_units_of_the_state_do_not_matter() -> None:

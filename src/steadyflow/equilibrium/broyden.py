@@ -17,7 +17,7 @@ class Broyden(FixedPointSolver):
     Source: Broyden 1965 (both methods, his H is -H here); restarts as in Kelley 1995, chapter 7.
 
     With `line_search`, an item whose |g| does not fall to (1 - 1e-4 t) of what it was goes back and halves its step t,
-    up to `line_search` times (Armijo's rule); every trial is an iteration.
+    up to `line_search` times (Armijo's rule). Every trial is an iteration, and one that is not finite ends the item.
 
     Memory: 2 memory B D numbers, in float32 or wider. The solution is z_k itself, not f(z_k).
 

@@ -55,7 +55,8 @@ class Implicit(Gradient):
 
     The exact gradient at an exact fixed point. The linear system is itself a fixed-point problem, solved per item by
     `solver` from u = dL/dz*, with that solver's tolerance and cap. The graph of one evaluation of f is kept between
-    the passes, however many iterations either takes; z is the solver's own. Not differentiable twice.
+    the passes, however many iterations either takes; z is the solver's own. Not differentiable twice. A NewtonKrylov
+    needs products=difference here.
     A compiled f must allow a second pass over its graph (torch._functorch.config.donated_buffer = False).
     Source: Bai et al. 2019, Theorem 1; thesis Eq. 2.3, 2.4.
 

@@ -133,60 +133,40 @@ class FixedPointSolver(ABC):
             return out.reshape(z.shape).to(z.dtype)
 
         with torch.no_grad(), torch.autocast(kind, enabled=False):
-            return self._solve(evaluate, z0.detach(), args, norm or euclidean, callback)
+            z, record = self._solve(evaluate, z0.detach(), args, norm or euclidean, callback)
+            solution = record.solution(z)
+        record.warn()
+        return solution
 
-    def _solve(self, f: Map, z0: Tensor, args: Arguments, norm: Norm, callback: Callback | None) -> Solution:
-        batch, shape, device, eps = len(z0), z0.shape[1:], z0.device, torch.finfo(z0.dtype).eps
-        n, active = batch, args  # how many rows f sees, and their arguments
-        masked = False  # whether some of the n are done, and stay as they are
+    def _solve(
+        self, f: Map, z0: Tensor, args: Arguments, norm: Norm, callback: Callback | None
+    ) -> tuple[Tensor, "_Record"]:
+        batch, shape = len(z0), z0.shape[1:]
         z = z0.reshape(batch, math.prod(shape))
-        best, rows = z.clone(), torch.arange(batch, device=device)  # all B rows; the first n are active
-        lowest = torch.full((batch,), math.inf, dtype=torch.float64, device=device)
-        first, last = lowest.clone(), lowest.clone()  # absolute residuals, like `lowest` in the order items came in
-        status = torch.full((batch,), Status.CAP, dtype=torch.int8, device=device)
-        alive = torch.ones(batch, dtype=torch.bool, device=device)
-        probe = torch.arange(z.shape[1], device=device, dtype=torch.float64).mul_(0.7).cos_().to(wide(z.dtype))
-        residuals: list[Tensor] = []
-        prints: list[Tensor] = []  # a number that tells iterates apart, for the search of limit cycles
-        update = self.start(z0)
+        best, rows = z.clone(), torch.arange(batch, device=z.device)  # of all items; f sees the first n rows
+        n, active, alive = batch, args, torch.ones(batch, dtype=torch.bool, device=z.device)
+        masked = False  # whether some of the n are done (not alive), and stay as they are
+        record, update = _Record(self, z), self.start(z0)
 
         for k in range(self.max_iterations if batch else 0):
             fz = f(z, *active).detach()
             g = fz - z
             r, size = norm(g.view(n, *shape)).double(), norm(fz.view(n, *shape)).double()
-            finite = r.isfinite() & size.isfinite()
-            relative = torch.where(finite, torch.where(r > 0, r / size, 0.0), math.inf)
-            here = rows[:n]
-            row = torch.full((2, batch), math.nan, dtype=torch.float64, device=device)
-            numbers = torch.stack([relative, (z.to(probe.dtype) @ probe).double()])
-            row[:, here] = torch.where(alive[:n], numbers, math.nan)
-            residuals.append(row[0])
-            prints.append(row[1])
-            if callback is not None:
-                callback(k, here, fz.view(n, *shape), relative)
-
-            if k == 0:
-                first[here] = r
-            last[here] = torch.where(alive[:n], r, last[here])
-            better = alive[:n] & finite & (r < lowest[here])
-            lowest[here] = torch.where(better, r, lowest[here])
+            better, done = record.enter(rows[:n], alive, z, r, size)
             torch.where(better[:, None], fz if self.returns_image else z, best[:n], out=best[:n])
-            met = finite & ((r <= self.atol) | (r <= self.rtol * size))
-            lost = ~finite | (r > self.GROWTH * torch.maximum(first[here], eps * size))
-            done = alive[:n] & (met | lost)
-            verdict = torch.where(met, Status.CONVERGED, Status.DIVERGED).to(torch.int8)
-            status[here] = torch.where(done, verdict, status[here])
+            if callback is not None:
+                callback(k, rows[:n], fz.view(n, *shape), record.residuals[-1][rows[:n]])
             if bool(done.any()):
-                stay = (~done & alive[:n]).nonzero().squeeze(1)
+                stay = (alive & ~done).nonzero().squeeze(1)
                 if len(stay) == 0:
                     break
                 if self.compact:
                     n = len(stay)
                     gaps, movers = done[:n].nonzero().squeeze(1), stay[stay >= n]
-                    order = torch.arange(n, device=device).index_copy_(0, gaps, movers)
+                    order = torch.arange(n, device=z.device).index_copy_(0, gaps, movers)
                     swap(best, gaps, movers)
                     swap(rows, gaps, movers)
-                    z, g = z[order], g[order]
+                    z, g, alive = z[order], g[order], alive[:n]
                     update.keep(order)
                     active = tuple(None if a is None else a[rows[:n]] for a in args)
                 else:
@@ -195,27 +175,62 @@ class FixedPointSolver(ABC):
                 z = update.step(z, g, f, active)
                 if masked:
                     z = torch.where(alive[:, None], z, best)
+        return torch.empty_like(best).index_copy_(0, rows, best).view(z0.shape), record
 
-        residual = torch.stack(residuals) if residuals else lowest.new_empty(0, batch)
-        period = torch.zeros(batch, dtype=torch.int64, device=device)
-        if residuals:
-            period = torch.where((status == Status.CAP) & (residual[-1] > 32 * eps), cycle(torch.stack(prints)), period)
-            status = torch.where(period > 0, Status.CYCLE, status).to(torch.int8)
-        answer = torch.empty_like(best).index_copy_(0, rows, best)
-        solution = Solution(answer.view(z0.shape), residual, status, period)
-        self._warn(solution, first, last)
-        return solution
 
-    def _warn(self, solution: Solution, first: Tensor, last: Tensor) -> None:
-        lost = (solution.status == Status.DIVERGED).nonzero().squeeze(1).tolist()
+class _Record:
+    """What becomes of each of the B items, in the order they came in."""
+
+    def __init__(self, solver: FixedPointSolver, z0: Tensor):
+        batch, size = z0.shape
+        self.solver, self.eps = solver, torch.finfo(z0.dtype).eps
+        self.blank = z0.new_full((batch,), math.nan, dtype=torch.float64)
+        self.first, self.last, self.lowest = (self.blank.nan_to_num(math.inf) for _ in range(3))  # of |f(z) - z|
+        self.status = z0.new_full((batch,), Status.CAP, dtype=torch.int8)
+        self.residuals: list[Tensor] = []  # relative
+        self.prints: list[Tensor] = []  # a number per iterate, by which a limit cycle is recognised
+        self.probe = (0.7 * torch.arange(size, device=z0.device, dtype=torch.float64)).cos().to(wide(z0.dtype))
+
+    def enter(self, rows: Tensor, alive: Tensor, z: Tensor, r: Tensor, size: Tensor) -> tuple[Tensor, Tensor]:
+        """Takes down r = |f(z) - z| and size = |f(z)| of the rows still alive; which have improved, which are done."""
+        finite = r.isfinite() & size.isfinite()
+        relative = torch.where(finite, torch.where(r > 0, r / size, 0.0), math.inf)
+        number = (z.to(self.probe.dtype) @ self.probe).double()
+        self.residuals.append(self.blank.index_copy(0, rows, torch.where(alive, relative, math.nan)))
+        self.prints.append(self.blank.index_copy(0, rows, torch.where(alive, number, math.nan)))
+        if len(self.residuals) == 1:
+            self.first[rows] = r
+        better = alive & finite & (r < self.lowest[rows])
+        met = finite & ((r <= self.solver.atol) | (r <= self.solver.rtol * size))
+        lost = ~finite | (r > self.solver.GROWTH * torch.maximum(self.first[rows], self.eps * size))
+        done = alive & (met | lost)
+        verdict = torch.where(met, Status.CONVERGED, Status.DIVERGED).to(torch.int8)
+        self.last[rows] = torch.where(alive, r, self.last[rows])
+        self.lowest[rows] = torch.where(better, r, self.lowest[rows])
+        self.status[rows] = torch.where(done, verdict, self.status[rows])
+        return better, done
+
+    def solution(self, z: Tensor) -> Solution:
+        period = torch.zeros_like(self.status, dtype=torch.int64)
+        if not self.residuals:
+            return Solution(z, self.blank.new_empty(0, len(z)), self.status, period)
+        stuck = (self.status == Status.CAP) & (self.residuals[-1] > 32 * self.eps)  # and not by rounding alone
+        period = torch.where(stuck, cycle(torch.stack(self.prints)), period)
+        status = torch.where(period > 0, Status.CYCLE, self.status).to(torch.int8)
+        return Solution(z, torch.stack(self.residuals), status, period)
+
+    def warn(self) -> None:
+        """One warning that names the items that diverged, at the caller of the solver."""
+        lost = (self.status == Status.DIVERGED).nonzero().squeeze(1).tolist()
         if lost:
             b = lost[0]
+            iterations = sum(not math.isnan(float(row[b])) for row in self.residuals)
             warnings.warn(
-                f"{type(self).__name__}: {len(lost)} of {len(first)} items diverged "
+                f"{type(self.solver).__name__}: {len(lost)} of {len(self.first)} items diverged "
                 f"({', '.join(map(str, lost[:8]))}{', ...' if len(lost) > 8 else ''}); item {b} left at iteration "
-                f"{int(solution.iterations[b])} with |f(z) - z| = {float(last[b]):.3g} ({float(first[b]):.3g} at "
-                f"first); each is returned at its best iterate",
-                stacklevel=4,
+                f"{iterations} with |f(z) - z| = {float(self.last[b]):.3g} ({float(self.first[b]):.3g} at first); "
+                f"each is returned at its best iterate",
+                stacklevel=3,
             )
 
 
