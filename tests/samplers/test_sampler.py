@@ -1,5 +1,6 @@
 """What every sampler promises: batches, mixed times, evaluations, progress, errors; and the configs that make them."""
 
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
@@ -169,11 +170,15 @@ def test_every_sampler_config_makes_a_sampler(name):
     sampler = instantiate(cfg, **own)
     assert isinstance(sampler, Sampler)
     counted = CountedDenoiser(LABELLED)
-    out = sampler(counted, NoiseSource(0, range(100), (2,), dtype=F64))
+    deq = name.startswith("deq_")  # the thesis' settings are not enough on this problem, and say so
+    with pytest.warns(UserWarning, match="have not converged") if deq else nullcontext():
+        out = sampler(counted, NoiseSource(0, range(100), (2,), dtype=F64))
     means = torch.tensor([[-1.0, 0.0], [1.0, 0.5], [0.0, 1.0]], dtype=F64)
     assert torch.cdist(out, means).min(1).values.max() < 5 * 0.45
     assert (out.mean(0) - means.mean(0)).abs().max() < 0.4  # four standard errors
-    if name != "rk45":
+    if sampler.iterations is not None:
+        assert counted.rows == cfg.steps * sampler.iterations.sum()
+    elif name != "rk45":
         assert counted.rows / 100 == (2 * cfg.steps - 1 if name == "heun" else cfg.steps)
 
 

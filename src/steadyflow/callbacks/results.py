@@ -23,6 +23,7 @@ class SampleResults(L.Callback):
 
         nfe                network evaluations a sample, those of guidance counted
         seconds_per_image  processor (or card) seconds a sample: warm-up, writing and metrics left out
+        parallel_iterations  sweeps a sample, of a sampler that works in parallel
 
     of the samples this start has made; a start that makes none keeps those of the earlier one.
 
@@ -46,14 +47,15 @@ class SampleResults(L.Callback):
 
     def on_predict_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         assert isinstance(pl_module, Sampling)
-        own = [pl_module.denoiser.rows, pl_module.made, pl_module.seconds, pl_module.timed]
+        own = [pl_module.denoiser.rows, pl_module.made, pl_module.seconds, pl_module.timed, pl_module.iterations]
         sums = torch.tensor(own, dtype=torch.float64, device=trainer.strategy.root_device)
         sums = trainer.strategy.reduce(sums, reduce_op="sum")
-        rows, made, seconds, timed = sums.tolist()
         if trainer.is_global_zero:
-            self._write(trainer, pl_module, rows, int(made), seconds, int(timed))
+            self._write(trainer, pl_module, *sums.tolist())
 
-    def _write(self, trainer: L.Trainer, module: Sampling, rows: float, made: int, seconds: float, timed: int) -> None:
+    def _write(
+        self, trainer: L.Trainer, module: Sampling, rows: float, made: float, seconds: float, timed: float, sweeps: float
+    ) -> None:
         grid = self.files.directory / "grid.png"
         self.files.draw(grid, self.columns, self.reference)
 
@@ -62,13 +64,10 @@ class SampleResults(L.Callback):
         found = [results for callback in others if (results := getattr(callback, "results", None))]
         if made:
             run = self.protocol | {"devices": trainer.world_size, "batch_size": module.batch_size}
-            found.append(
-                {
-                    "nfe": rows / made,
-                    "seconds_per_image": seconds / timed if timed else None,
-                    "protocol": {"nfe": run | {"count": made}, "seconds_per_image": run | {"count": timed}},
-                }
-            )
+            run, timing = run | {"count": int(made)}, run | {"count": int(timed)}
+            own = {"nfe": rows / made, "seconds_per_image": seconds / timed if timed else None}
+            own |= {"parallel_iterations": sweeps / made} if sweeps else {}
+            found.append(own | {"protocol": {k: timing if k == "seconds_per_image" else run for k in own}})
         elif file.exists():
             found.insert(0, json.loads(file.read_text()))
         self.results = merged(found)

@@ -69,6 +69,7 @@ class GaussianMixture(Denoiser):
         if not (values >= 0).all():
             raise ValueError(f"a covariance has the negative eigenvalue {values.min():.3g}")
         for name, value in (("means", m), ("values", values), ("basis", basis), ("log_weights", (w / w.sum()).log())):
+            value = None if value is None else value.contiguous()  # no expanded view, which processes cannot share
             self.register_buffer(name, value, persistent=False)
         self.register_buffer("labels", _classes(labels, k), persistent=False)
 

@@ -79,12 +79,34 @@ class _History(Update):
         self.count = 0  # of the columns made so far; the next goes to slot count % m
         self.z: Tensor | None = None
         self.g: Tensor | None = None
+        self.slid = False
 
     def keep(self, order: Tensor) -> None:
         for memory in (self.dg, self.move, self.gram, self.valid, self.lowest):
             fill(memory, order)
         if self.z is not None and self.g is not None:
             self.z, self.g = self.z[order], self.g[order]
+
+    def slide(self, by: Tensor, states: int) -> None:
+        """States that are new have no differences yet: columns of zero, and NaN for their iterate before."""
+        n, single, self.slid = len(by), self.dg.shape[1] == 1, True
+        source = torch.arange(states, device=by.device) + by[:, None]
+        known, source = source < states, source.clamp(max=states - 1)
+        row = torch.arange(n, device=by.device)[:, None]
+
+        def moved(x: Tensor, new: float) -> Tensor:  # x (n, states, ...)
+            return torch.where(known.view(n, states, *[1] * (x.ndim - 2)), x[row, source], new)
+
+        for memory in (self.dg, self.move):
+            if single:  # (n, 1, m, states d)
+                columns = memory[:n, 0].unflatten(2, (states, -1)).transpose(1, 2)
+                memory[:n, 0] = moved(columns, 0.0).transpose(1, 2).flatten(2)
+            else:
+                memory[:n] = moved(memory[:n], 0.0)
+        made = self.dg[:n, :, : min(self.count, self.m)].double()
+        self.gram[:n, :, : made.shape[2], : made.shape[2]] = made @ made.mT
+        if self.z is not None and self.g is not None:
+            self.z, self.g = (moved(x.view(n, states, -1), math.nan).view(n, -1) for x in (self.z, self.g))
 
     def step(self, z: Tensor, g: Tensor, f: Map, args: Arguments) -> Tensor:
         n, states, d = len(z), self.dg.shape[1], self.dg.shape[3]
@@ -100,7 +122,10 @@ class _History(Update):
         slot, columns = self.count % self.m, min(self.count + 1, self.m)
         self.count += 1
         dg = torch.sub(flat(g), flat(before[1]), out=self.dg[:n, :, slot])
-        torch.sub(flat(z), flat(before[0]), out=self.move[:n, :, slot]).add_(dg, alpha=self.solver.beta)
+        move = torch.sub(flat(z), flat(before[0]), out=self.move[:n, :, slot]).add_(dg, alpha=self.solver.beta)
+        if self.slid:  # nothing came before a new state
+            for new in (dg, move):
+                new.masked_fill_(new.isnan(), 0.0)
         self.valid[:n, :, slot] = True
         if self.solver.restart is not None:
             self._forget(g, self.solver.restart)

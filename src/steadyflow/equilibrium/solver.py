@@ -63,6 +63,10 @@ class Update(ABC):
         """Items have left: row i of what follows is row order[i] of what was. order[i] = i except where a row from
         the end fills a gap, so a memory need only move those rows (`fill`)."""
 
+    def slide(self, by: Tensor, states: int) -> None:  # noqa: B027 (no memory, nothing to do)
+        """The iterates are windows (n, states, ...) that have moved on: state t of row i is now what state t + by[i]
+        was, and the last by[i] states are new."""
+
 
 class FixedPointSolver(ABC):
     """Finds z = f(z, *args) for B independent items, from z0.

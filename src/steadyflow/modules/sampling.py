@@ -101,8 +101,11 @@ class Sampling(L.LightningModule):
         guidance_scale: w of classifier-free guidance; 1 is the conditional denoiser itself.
         num_classes: of the checkpoint; the null label of the guidance.
 
-    Attributes: `denoiser.rows`, the network evaluations so far; `made`, the samples so far; `seconds` and `timed`, the
-    time spent and the samples made in it, warm-up left out; `progress`, called with the fraction of the batch done.
+    Where the sampler shares the work on each sample (`shard`), every process makes all samples, and the first has them.
+
+    Attributes: `denoiser.rows`, the network evaluations so far; `made`, the samples so far; `iterations`, their parallel
+    iterations, of a sampler that has them; `seconds` and `timed`, the time spent and the samples made in it, warm-up
+    left out; `progress`, called with the fraction of the batch done.
 
     Raises:
         ValueError: batch_size < 1, a negative seed, or guidance without classes to guide to.
@@ -138,7 +141,7 @@ class Sampling(L.LightningModule):
         self.sampler, self.shape, self.seed = sampler, tuple(shape), int(seed)
         self.index, self.label, self.batch_size = index, label, int(batch_size)
         self.progress: Progress | None = None
-        self.made, self.timed, self.seconds = 0, 0, 0.0
+        self.made, self.timed, self.seconds, self.iterations = 0, 0, 0.0, 0
 
     def skip(self, finished: Tensor) -> None:
         """Leaves out the samples of these numbers."""
@@ -146,7 +149,8 @@ class Sampling(L.LightningModule):
         self.index, self.label = self.index[missing], None if self.label is None else self.label[missing]
 
     def predict_dataloader(self) -> IndexBatches:
-        return IndexBatches(self.index, self.label, self.batch_size, self.trainer.global_rank, self.trainer.world_size)
+        rank, world = (0, 1) if self.sampler.shard else (self.trainer.global_rank, self.trainer.world_size)
+        return IndexBatches(self.index, self.label, self.batch_size, rank, world)
 
     def predict_step(self, batch: Indices, batch_idx: int) -> Samples:
         """Makes the samples of one batch."""
@@ -164,14 +168,18 @@ class Sampling(L.LightningModule):
         except FloatingPointError as error:
             raise FloatingPointError(f"samples {index.min()} to {index.max()}: {error}") from None
         x = (to_uint8(x) if len(self.shape) == 3 else x.float()).cpu()  # waits for the device
-        self.made += len(index)
-        if warm:
-            self.seconds, self.timed = self.seconds + time.perf_counter() - start, self.timed + len(index)
+        self.seconds += (time.perf_counter() - start) if warm else 0.0
+        if self.sampler.shard and self.trainer.global_rank > 0:  # the first process has this sample as well
+            return Samples(index[:0], None if label is None else label[:0], x[:0])
+        self.made, self.timed = self.made + len(index), self.timed + (len(index) if warm else 0)
+        if self.sampler.iterations is not None:
+            self.iterations += int(self.sampler.iterations.sum())
         return Samples(index, label, x)
 
     def _warm_up(self, noise: NoiseSource, condition: dict[str, Tensor], batch_idx: int) -> bool:
         """Whether this batch is to be timed: any but the first; a first with no other whole batch after a warm-up."""
-        full = min(self.index.numel() // (self.batch_size * self.trainer.world_size), 2)
+        world = 1 if self.sampler.shard else self.trainer.world_size
+        full = min(self.index.numel() // (self.batch_size * world), 2)
         if batch_idx > 0 or full > 1:
             return batch_idx > 0
         rows, half = self.denoiser.rows, torch.tensor(0.5, dtype=torch.float64)

@@ -16,7 +16,14 @@ Coefficients = tuple[Tensor, ...]  # of a step or of many, float64, each of the 
 
 
 class Sampler(ABC):
-    """Turns noise into samples of the data distribution by calling a denoiser."""
+    """Turns noise into samples of the data distribution by calling a denoiser.
+
+    Attributes: `iterations` (B,), the parallel iterations of each sample of the last call, of a sampler that has them;
+    `shard`, whether the processes of a run make every sample together instead of each its own.
+    """
+
+    iterations: Tensor | None = None
+    shard = False
 
     @abstractmethod
     def __call__(
