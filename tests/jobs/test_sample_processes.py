@@ -73,3 +73,23 @@ def test_two_processes_share_what_is_missing(tmp_path):
     assert b["protocol"]["nfe"] | {"devices": 1, "count": 21} == a["protocol"]["nfe"]
     assert b["protocol"]["nfe"]["devices"] == 2
     assert b["protocol"]["nfe"]["count"] == 15
+
+
+@pytest.mark.slow
+def test_two_processes_share_the_states_of_every_sample(tmp_path):
+    """sampler.shard: the same samples as on one process, each evaluation made once, by one of the two."""
+    options = ["dataset=gaussian_mixture", "sampler=parallel", "sampler.steps=25", "num_samples=5", "batch_size=2"]
+    options += ["callbacks=none"]
+    one, two = tmp_path / "one", tmp_path / "two"
+    assert cli.main([*COMMON, *options, f"hydra.run.dir={one}"]) == 0
+    process = start(*options, "sampler.shard=true", "trainer=ddp_cpu", f"hydra.run.dir={two}")
+    said, _ = process.communicate(timeout=300)
+    assert process.returncode == 0, said
+    (index, x, _), (same, y, _) = (SampleFiles(d, vector=True).vectors() for d in (one, two))
+    assert index.tolist() == same.tolist() == [0, 1, 2, 3, 4]
+    np.testing.assert_allclose(x, y, atol=1e-5)
+    a, b = (json.loads((d / "metrics.json").read_text()) for d in (one, two))
+    assert 1 < a["parallel_iterations"] < 15
+    assert b["parallel_iterations"] == a["parallel_iterations"]
+    assert b["nfe"] == a["nfe"] == pytest.approx(25 * a["parallel_iterations"])
+    assert b["protocol"]["nfe"]["count"] == b["protocol"]["parallel_iterations"]["count"] == 5

@@ -1,4 +1,4 @@
-"""Parallel sampling: its fixed point is the sequential chain, for every map, mixing and window; and what it promises."""
+"""Parallel sampling: its fixed point is the sequential chain for every map, mixing and window; what it promises."""
 
 import math
 import warnings
@@ -85,7 +85,9 @@ def test_variance_zero_is_the_sum_of_the_denoisers_and_none_that_of_the_incremen
     torch.testing.assert_close(Transport(sampler, None).sweep(LABELLED, z, start), expected, rtol=1e-11, atol=1e-11)
 
 
-@pytest.mark.parametrize("method", [DDIM, Euler, Heun, lambda *a: DDIM(*a, eta=1.0)], ids=["ddim", "euler", "heun", "eta"])
+@pytest.mark.parametrize(
+    "method", [DDIM, Euler, Heun, lambda *a: DDIM(*a, eta=1.0)], ids=["ddim", "euler", "heun", "eta"]
+)
 @pytest.mark.parametrize("path", PATHS, ids=lambda path: type(path).__name__)
 def test_one_sweep_is_exact_on_a_gaussian_of_the_variance_supposed(method, path):
     sampler, noise = method(path, Uniform(), 20), noises()
@@ -108,7 +110,9 @@ def test_the_fixed_point_is_the_sequential_sample(map, mixing, window, steps, et
 
 
 @pytest.mark.parametrize("eta", [0.0, 0.5, 1.0])
-@pytest.mark.parametrize(("map", "window"), [("gaussian", None), ("thesis", None), ("increments", 40), ("parareal", None)])
+@pytest.mark.parametrize(
+    ("map", "window"), [("gaussian", None), ("thesis", None), ("increments", 40), ("parareal", None)]
+)
 def test_the_fixed_point_is_the_sequential_sample_of_200_steps(map, window, eta, ring):
     sequential = DDIM(VP, Quadratic(), 200, eta)(ring, noises())
     mixing = "causal" if window else "none"
@@ -131,7 +135,11 @@ def test_any_path_and_grid(path, grid, ring):
 @pytest.mark.parametrize("eta", [0.0, 1.0])
 def test_after_k_sweeps_the_first_k_states_are_exact(variance, eta, ring):
     sampler, noise = DDIM(VP, Uniform(), 15, eta), noises()
-    exact, start, trajectory = chain(sampler, ring, noise), VP(sampler.times[0])[1] * noise(0), Transport(sampler, variance)
+    exact, start, trajectory = (
+        chain(sampler, ring, noise),
+        VP(sampler.times[0])[1] * noise(0),
+        Transport(sampler, variance),
+    )
     fresh = torch.stack([noise(k + 1) for k in range(15)], 1) if eta else None
     z = trajectory.initial(ring, start)
     errors = []
@@ -225,7 +233,9 @@ def test_samples_that_have_not_converged_are_said_and_returned(mixing, window, r
     """The best there is: far nearer to the sample than noise is, though the window is nowhere near the end."""
     sampler = in_parallel(VP, Uniform(), 40, mixing=mixing, window=window, tolerance=1e-6, max_iterations=3)
     expected = DDIM(VP, Uniform(), 40)(ring, noises())
-    message = r"4 of 4 samples have not converged after 3 parallel iterations: relative residual up to .*, tolerance 1e-06"
+    message = (
+        r"4 of 4 samples have not converged after 3 parallel iterations: relative residual up to .*, tolerance 1e-06"
+    )
     with pytest.warns(UserWarning, match=message):
         x = sampler(ring, noises())
     assert (x - expected).norm() < 0.7 * expected.norm()
@@ -246,7 +256,9 @@ class BreaksAt(Denoiser):
 @pytest.mark.parametrize("window", [None, 4])
 def test_not_a_number_is_reported_with_its_step(window):
     times = torch.linspace(1, 0, 11, dtype=F64)
-    with pytest.raises(FloatingPointError, match=r"not finite after step 6 of 10 \(t = 0.5 -> 0.4\) of a parallel sweep"):
+    with pytest.raises(
+        FloatingPointError, match=r"not finite after step 6 of 10 \(t = 0.5 -> 0.4\) of a parallel sweep"
+    ):
         in_parallel(VP, times, window=window)(BreaksAt(), noises())
 
 

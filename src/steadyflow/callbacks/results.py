@@ -51,11 +51,10 @@ class SampleResults(L.Callback):
         sums = torch.tensor(own, dtype=torch.float64, device=trainer.strategy.root_device)
         sums = trainer.strategy.reduce(sums, reduce_op="sum")
         if trainer.is_global_zero:
-            self._write(trainer, pl_module, *sums.tolist())
+            self._write(trainer, pl_module, sums.tolist())
 
-    def _write(
-        self, trainer: L.Trainer, module: Sampling, rows: float, made: float, seconds: float, timed: float, sweeps: float
-    ) -> None:
+    def _write(self, trainer: L.Trainer, module: Sampling, sums: list[float]) -> None:
+        rows, made, seconds, timed, sweeps = sums
         grid = self.files.directory / "grid.png"
         self.files.draw(grid, self.columns, self.reference)
 

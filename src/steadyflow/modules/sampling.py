@@ -103,9 +103,9 @@ class Sampling(L.LightningModule):
 
     Where the sampler shares the work on each sample (`shard`), every process makes all samples, and the first has them.
 
-    Attributes: `denoiser.rows`, the network evaluations so far; `made`, the samples so far; `iterations`, their parallel
-    iterations, of a sampler that has them; `seconds` and `timed`, the time spent and the samples made in it, warm-up
-    left out; `progress`, called with the fraction of the batch done.
+    Attributes: `denoiser.rows`, the network evaluations so far; `made`, the samples so far; `iterations`, their
+    parallel iterations, of a sampler that has them; `seconds` and `timed`, the time spent and the samples made in it,
+    warm-up left out; `progress`, called with the fraction of the batch done.
 
     Raises:
         ValueError: batch_size < 1, a negative seed, or guidance without classes to guide to.

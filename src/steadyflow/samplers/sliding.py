@@ -25,9 +25,9 @@ def slide(
 
         front <- front + max(1, number of leading states with |F_k - z_k| <= rtol |F_k|)
 
-    after each sweep: the first state of a window is exact once it is evaluated, so every sample moves by one or more, at
-    its own pace, and needs N sweeps at most. The states it moves over are final, F_k; those that come in start as the
-    last one before them. A sample that is done leaves.
+    after each sweep: the first state of a window is exact once it is evaluated, so every sample moves by one or more,
+    at its own pace, and needs N sweeps at most. The states it moves over are final, F_k; those that come in start as
+    the last one before them. A sample that is done leaves.
 
     Args:
         trajectory: the map.

@@ -113,7 +113,7 @@ class Transport(TrajectoryMap):
 
         infinite   the thesis' map, Pokle 2025 Eq. 3.6 and 3.11: J_k = alpha_s / alpha_t for DDIM with any eta, the sum
                    of the eps in the frame x / alpha. A path that begins at alpha = 0 takes v = 0 instead.
-        0          the frame x / sigma of the deterministic DDIM, the sum of the denoiser's outputs: J = sigma_s / sigma_t
+        0          for DDIM with eta = 0, J = sigma_s / sigma_t: the sum of the denoised in the frame x / sigma
         None       J = 1, plain increments: F_{k+1} = x_0 + sum_{i <= k} (step_i(x_i) - x_i). On a variance-preserving
                    path and eta = 0 that is v = 1 but for the grid: ParaDiGMS (Shih et al. 2023, Eq. 5)
         a number   the data's variance per coordinate, 0.25 for images in [-1, 1] as in EDM
@@ -164,21 +164,25 @@ class Transport(TrajectoryMap):
         first: Tensor | None = None,
         **condition: Tensor,
     ) -> Tensor:
-        """F(z), see TrajectoryMap; or of a window: z (B, W, *S) are the states first + 1, ..., first + W of each sample,
-        `start` its state `first` (B,). States beyond the last stay as they are."""
+        """F(z), see TrajectoryMap; or of a window: z (B, W, *S) are the states first + 1, ..., first + W of each
+        sample, `start` its state `first` (B,). States beyond the last stay as they are."""
         n, w = z.shape[:2]
         x = torch.cat([start.unsqueeze(1), z[:, :-1]], 1)
         k = torch.arange(w, device=z.device).expand(n, w)
         k = k if first is None else k + first.unsqueeze(1)
-        rows = (k < self.sampler.steps).flatten().nonzero()[:, 0] if first is not None else slice(None)
         step = k.clamp(max=self.sampler.steps - 1)
         if noise is not None:
-            noise = noise[torch.arange(n, device=z.device).unsqueeze(1), step].flatten(0, 1)[rows]
-        given = {name: value.repeat_interleave(w, 0)[rows] for name, value in condition.items()}
-        moved = self.update(denoiser, x.flatten(0, 1)[rows], self.table, k.flatten()[rows], noise, **given)
-        if first is not None:
-            moved = z.flatten(0, 1).index_copy(0, rows, moved)
-        out = moved.reshape(z.shape)
+            noise = noise[torch.arange(n, device=z.device).unsqueeze(1), step].flatten(0, 1)
+        given = {name: value.repeat_interleave(w, 0) for name, value in condition.items()}
+        if first is None:
+            out = self.update(denoiser, x.flatten(0, 1), self.table, k.flatten(), noise, **given)
+        else:
+            rows = (k < self.sampler.steps).flatten().nonzero()[:, 0]
+            given = {name: value[rows] for name, value in given.items()}
+            noise = None if noise is None else noise[rows]
+            out = self.update(denoiser, x.flatten(0, 1)[rows], self.table, k.flatten()[rows], noise, **given)
+            out = z.flatten(0, 1).index_copy(0, rows, out)
+        out = out.reshape(z.shape)
         if w > 1:
             c = self.scale.to(z.device)[step].flatten()
             c, inverse = (expand(value, z.flatten(0, 1)).reshape(n, w, *[1] * (z.ndim - 2)) for value in (c, 1 / c))
@@ -256,9 +260,9 @@ class Parareal(TrajectoryMap):
             moved = self.update(denoiser, fine[:, :long].flatten(0, 1), self.table, k.flatten(), fresh, **part)
             fine = torch.cat([moved.reshape(n, long, *z.shape[2:]), fine[:, long:]], 1)
         states = [fine[:, 0]]
-        for k in range(1, m):
-            carried = self._coarse(denoiser, states[-1], torch.full((n,), k, device=z.device), **condition)
-            states.append(fine[:, k] + carried - before[:, k])
+        for b in range(1, m):
+            carried = self._coarse(denoiser, states[-1], torch.full((n,), b, device=z.device), **condition)
+            states.append(fine[:, b] + carried - before[:, b])
         return self.check(torch.stack(states, 1), ends[1:] - 1)
 
 
