@@ -92,13 +92,12 @@ def convergence(ring: GaussianMixture) -> Convergence:
     """
 
     def measure(
-        build: Callable[[GaussianPath, LogSNR, int], Sampler], path: GaussianPath, end: float = 1e-2
+        build: Callable[[GaussianPath, LogSNR, int], Sampler],
+        path: GaussianPath,
+        end: float = 1e-2,
+        counts: tuple[int, ...] = (160, 320, 640, 1280),
     ) -> tuple[float, list[float], list[float]]:
-        counts, grid, noise = (
-            [160, 320, 640, 1280],
-            LogSNR(end=end, zero=False),
-            NoiseSource(0, range(12), (2,), dtype=torch.float64),
-        )
+        grid, noise = LogSNR(end=end, zero=False), NoiseSource(0, range(12), (2,), dtype=torch.float64)
         times = grid(path, 1)
         start = path(times[0])[1] * noise(0)
         exact, error, shipped = _trajectory(path, times, start)[-1], [], []

@@ -15,7 +15,7 @@ from steadyflow.paths import (
     VarianceExploding,
     VariancePreserving,
 )
-from steadyflow.samplers import DEIS, IPNDM
+from steadyflow.samplers import DEIS, ERSDE, IPNDM, DPMpp, SASolver, UniPC
 from steadyflow.samplers.deis import AdamsBashforth
 from steadyflow.samplers.multistep import MultistepSampler
 
@@ -25,6 +25,11 @@ BUILDS = {
     "rhoab": lambda path, grid, steps: AdamsBashforth(path, grid, steps, "rhoab", 2),
     "log_rhoab": lambda path, grid, steps: AdamsBashforth(path, grid, steps, "log_rhoab", 3),
     "ipndm": lambda path, grid, steps: IPNDM(path, grid, steps),
+    "dpmpp": lambda path, grid, steps: DPMpp(path, grid, steps),
+    "dpmpp sde": lambda path, grid, steps: DPMpp(path, grid, steps, eta=1.0),
+    "unipc": lambda path, grid, steps: UniPC(path, grid, steps),
+    "er_sde": lambda path, grid, steps: ERSDE(path, grid, steps),
+    "sa_solver": lambda path, grid, steps: SASolver(path, grid, steps, tau_min=0.05, tau_max=5.0),
 }
 every_build = pytest.mark.parametrize("build", BUILDS.values(), ids=BUILDS.keys())
 every_path = pytest.mark.parametrize(

@@ -3,26 +3,36 @@
 from steadyflow.samplers.ddim import DDIM
 from steadyflow.samplers.ddpm import DDPM
 from steadyflow.samplers.deis import DEIS, IPNDM
+from steadyflow.samplers.dpmpp import DPMpp
+from steadyflow.samplers.er_sde import ERSDE
 from steadyflow.samplers.euler import Euler
 from steadyflow.samplers.heun import Heun
 from steadyflow.samplers.parallel import Parallel, in_parallel
+from steadyflow.samplers.restart import Restart
 from steadyflow.samplers.rk45 import RK45
+from steadyflow.samplers.sa_solver import SASolver
 from steadyflow.samplers.sampler import OneStepSampler, Sampler
 from steadyflow.samplers.trajectory import Parareal, TrajectoryMap, Transport
+from steadyflow.samplers.unipc import UniPC
 
 __all__ = [
     "DDIM",
     "DDPM",
     "DEIS",
+    "ERSDE",
     "IPNDM",
     "RK45",
+    "DPMpp",
     "Euler",
     "Heun",
     "OneStepSampler",
     "Parallel",
     "Parareal",
+    "Restart",
+    "SASolver",
     "Sampler",
     "TrajectoryMap",
     "Transport",
+    "UniPC",
     "in_parallel",
 ]

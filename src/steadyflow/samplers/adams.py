@@ -19,10 +19,11 @@ def adams_integrals(
     offsets: Sequence[int],
     variable: Variable,
     rate: Callable[[Tensor, Tensor], Tensor] | None = None,
+    lower_final: bool = False,
 ) -> tuple[Tensor, Tensor]:
-    """The integrals of the Lagrange basis over each step t_n -> t_{n+1} of a grid, against a measure m:
+    """The integrals of the Lagrange basis over each step t_n -> t_{n+1} of a grid, against a measure m_n:
 
-        W_nj = int_{rho_n}^{rho_{n+1}} L_nj(v(rho)) m'(rho) d rho,   L_nj = prod_{k != j} (v - v_k) / (v_j - v_k)
+        W_nj = int_{rho_n}^{rho_{n+1}} L_nj(v(rho)) m_n'(rho) d rho,   L_nj = prod_{k != j} (v - v_k) / (v_j - v_k)
 
     in the variable v = t, rho or log rho, rho = sigma / alpha; the nodes of step n are t_n and, for each of the
     offsets o, t_{n-o}. A node before the grid, or at an infinite v, is left out, and the degree is lower by one. So it
@@ -38,7 +39,8 @@ def adams_integrals(
         times: t_0 > ... > t_N.
         offsets: of the nodes beside t_n: (1, 2) for degree 2; -1 is t_{n+1}, the node of a corrector.
         variable: v.
-        rate: m'(rho, rho_{n+1}), elementwise; by default 1, that is m = rho.
+        rate: m_n'(rho) from rho (S, K) and n (S, 1); by default 1, that is m = rho.
+        lower_final: leave out t_{n-o} in the last o steps, so that the last step has degree 0 and the one before 1.
 
     Returns:
         W (N, len(offsets)), 0 for nodes left out, and an estimate (N,) of the quadrature's absolute error in it.
@@ -46,7 +48,12 @@ def adams_integrals(
     rho, count = path.ratio(times), len(times) - 1
     v = {"t": times, "rho": rho, "log_rho": rho.log()}[variable]
     node = torch.arange(count).unsqueeze(1) - torch.tensor([0, *offsets])
-    valid = (node >= 0) & v[node.clamp(min=0)].isfinite()
+    left = count - 1 - torch.arange(count).unsqueeze(1)
+    valid = (
+        (node >= 0)
+        & (~torch.tensor(lower_final) | (torch.tensor([0, *offsets]) <= left))
+        & v[node.clamp(min=0)].isfinite()
+    )
     valid &= (
         valid[:, :1] & (v[1:].isfinite() if variable == "log_rho" else torch.ones(count, dtype=torch.bool))[:, None]
     )
@@ -62,7 +69,7 @@ def adams_integrals(
         at = torch.where(b > 0, a * geometric, a * (1 - u))
         measure = torch.where(b > 0, at * (b / a).log(), -a) * weight / 2
         if rate is not None:
-            measure = measure * rate(at, rho[steps + 1].unsqueeze(1))
+            measure = measure * rate(at, steps.unsqueeze(1))
         x = {"t": path.time_at, "rho": lambda r: r, "log_rho": torch.log}[variable](at)
         parts = []
         for j in range(1, node.shape[1]):

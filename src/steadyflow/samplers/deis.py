@@ -12,7 +12,7 @@ from steadyflow.grids import Grid
 from steadyflow.noise import NoiseSource
 from steadyflow.paths import GaussianPath, accumulate, combine, expand
 from steadyflow.samplers.adams import Variable, adams_integrals
-from steadyflow.samplers.multistep import MultistepSampler
+from steadyflow.samplers.multistep import NoiseMultistep
 from steadyflow.samplers.sampler import Coefficients, OneStepSampler, Progress, Sampler
 
 VARIABLES: dict[str, Variable] = {"tab": "t", "rhoab": "rho", "log_rhoab": "log_rho"}
@@ -43,6 +43,8 @@ class DEIS(Sampler):
         variant: tab, rhoab, log_rhoab or rho_rk.
         order: 0..3 for AB; heun2, kutta3 or rk4 for rho_rk.
         nfe: a budget of denoiser calls in place of steps: the fewest steps that reach it.
+        lower_final: of AB, use fewer values at the end, one in the last step and two in the one before, for any number
+            of steps: steadier where the last steps are long in the variable, but for N to infinity the order is 2.
 
     Raises:
         ValueError: an unknown variant, an order that it does not have, or nfe with a list of times.
@@ -56,6 +58,7 @@ class DEIS(Sampler):
         variant: str = "tab",
         order: int | str = 3,
         nfe: int | None = None,
+        lower_final: bool = False,
     ):
         if variant == "rho_rk":
             calls = RungeKutta.calls_of(order)
@@ -69,7 +72,7 @@ class DEIS(Sampler):
         def build(steps: int | None) -> AdamsBashforth | RungeKutta:
             if variant == "rho_rk":
                 return RungeKutta(path, grid, steps, order)
-            return AdamsBashforth(path, grid, steps, variant, order)
+            return AdamsBashforth(path, grid, steps, variant, order, lower_final)
 
         self.method = (
             build(steps)
@@ -106,32 +109,6 @@ class DEIS(Sampler):
         return self.method(denoiser, noise, start=start, progress=progress, **condition)
 
 
-class NoiseMultistep(MultistepSampler):
-    """x_{n+1} = alpha_{n+1} D_n + sigma_{n+1} eps_n + alpha_{n+1} sum_{j>=1} W_nj (eps_{n-j} - eps_n)
-
-    DDIM, and what past values of eps say of its change, by weights W in units of rho. In this form, the first line of
-    DEIS with its first two terms gathered, nothing is infinite at alpha = 0 or sigma = 0.
-
-    Args:
-        path, grid, steps: see OneStepSampler.
-    """
-
-    keeps_noise = True
-
-    @property
-    def nfe(self) -> int:
-        return self.steps
-
-    def rows(self, weights: Tensor) -> Tensor:
-        """The table (N, q + 3) of the weights W (N, q)."""
-        alpha, sigma = self.path(self.times)
-        keep = (sigma[1:] - alpha[1:] * weights.sum(1)) / sigma[:-1]
-        ago = (torch.arange(self.steps).unsqueeze(1) - torch.arange(1, weights.shape[1] + 1)).clamp(min=0)
-        past = alpha[1:, None] * weights / sigma[ago]  # of x - alpha D = sigma eps
-        pull = alpha[1:] - keep * alpha[:-1]
-        return torch.cat([keep.unsqueeze(1), pull.unsqueeze(1), past, torch.zeros_like(keep).unsqueeze(1)], 1)
-
-
 class AdamsBashforth(NoiseMultistep):
     """tAB, rhoAB and log-rho AB of DEIS: W_nj = int_{rho_n}^{rho_{n+1}} L_nj d rho, L_nj the Lagrange basis on
     t_n, ..., t_{n-order} in t, rho or log rho.
@@ -143,6 +120,7 @@ class AdamsBashforth(NoiseMultistep):
         path, grid, steps: see OneStepSampler.
         variant: tab, rhoab or log_rhoab.
         order: the degree, 0..3.
+        lower_final: see DEIS.
 
     Attributes:
         quadrature_error: the estimated error of the coefficients, times alpha: of what is added to x for eps of size 1.
@@ -155,12 +133,13 @@ class AdamsBashforth(NoiseMultistep):
         steps: int | None = None,
         variant: str = "tab",
         order: int | str = 3,
+        lower_final: bool = False,
     ):
         super().__init__(path, grid, steps)
         if order not in (0, 1, 2, 3):
             raise ValueError(f"the order of {variant} must be 0, 1, 2 or 3, got {order}")
         degree = int(order)
-        weights, error = adams_integrals(path, self.times, range(1, degree + 1), VARIABLES[variant])
+        weights, error = adams_integrals(path, self.times, range(1, degree + 1), VARIABLES[variant], None, lower_final)
         self.quadrature_error = float((path(self.times[1:])[0] * error).max())
         self._table = self.rows(weights)
 

@@ -6,6 +6,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from steadyflow.denoisers import Denoiser
 from steadyflow.grids import Grid
@@ -115,6 +116,72 @@ class MultistepSampler(Sampler):
                 progress((k + 1) / self.steps)
         check_finite(sums, self.times)
         return x
+
+
+class NoiseMultistep(MultistepSampler):
+    """x_{n+1} = alpha_{n+1} D_n + sigma_{n+1} eps_n + alpha_{n+1} sum_{j>=1} W_nj (eps_{n-j} - eps_n)
+
+    DDIM, and what past values of eps say of its change, by weights W in units of rho. In this form, the first line of
+    DEIS with its first two terms gathered, nothing is infinite at alpha = 0 or sigma = 0.
+
+    Args:
+        path, grid, steps: see OneStepSampler.
+    """
+
+    keeps_noise = True
+
+    @property
+    def nfe(self) -> int:
+        return self.steps
+
+    def rows(self, weights: Tensor) -> Tensor:
+        """The table (N, q + 3) of the weights W (N, q)."""
+        alpha, sigma = self.path(self.times)
+        keep = (sigma[1:] - alpha[1:] * weights.sum(1)) / sigma[:-1]
+        ago = (torch.arange(self.steps).unsqueeze(1) - torch.arange(1, weights.shape[1] + 1)).clamp(min=0)
+        past = alpha[1:, None] * weights / sigma[ago]  # of x - alpha D = sigma eps
+        pull = alpha[1:] - keep * alpha[:-1]
+        return torch.cat([keep.unsqueeze(1), pull.unsqueeze(1), past, torch.zeros_like(keep).unsqueeze(1)], 1)
+
+
+class DataMultistep(MultistepSampler):
+    """x_{n+1} = A x_n + (alpha_{n+1} - A alpha_n) D_n + alpha_{n+1} sum_{j>=1} W_nj (D_{n-j} - D_n) + std z_n,
+
+        A = g sigma_{n+1} / sigma_n,   std = sigma_{n+1} sqrt(1 - g^2),   0 <= g <= 1
+
+    the exact solution for constant D, and what past values of D say of its change. g = 1 is the probability flow, g = 0
+    puts all noise afresh; g = psi(rho_{n+1}) / psi(rho_n), rho = sigma / alpha, follows the reverse diffusion
+
+        d(x / alpha) = (phi' / phi) (x / alpha - D) d rho + noise,   phi = rho psi(rho)
+
+    whose marginals are the path's for any rising psi. Nothing here is infinite at alpha = 0 or sigma = 0.
+    """
+
+    def rows(self, gain: Tensor, predict: Tensor, correct: Tensor | None = None) -> Tensor:
+        """The table (N, q + 3).
+
+        Args:
+            gain: g (N,).
+            predict: W (N, p).
+            correct: W (N, c) of a corrector that spends no call (`corrected`): first of D_{n+1}, then as predict.
+        """
+        (alpha, alpha_next), (sigma, sigma_next) = ((v[:-1], v[1:]) for v in self.path(self.times))
+        keep, std = gain * sigma_next / sigma, sigma_next * torch.sqrt(1 - gain**2)
+        pull = (alpha_next - keep * alpha).unsqueeze(1)
+
+        def of_outputs(weights: Tensor) -> Tensor:  # from differences to outputs: (of D_n, of the others)
+            weights = alpha_next.unsqueeze(1) * weights
+            return torch.cat([pull - weights.sum(1, keepdim=True), weights], 1)
+
+        outputs = of_outputs(predict)
+        if correct is not None:
+            ahead = of_outputs(correct)[:, [1, 0, *range(2, correct.shape[1] + 1)]]
+            width = max(outputs.shape[1], ahead.shape[1] - 1)
+            outputs, ahead = (pad(v, (0, w - v.shape[1])) for v, w in ((outputs, width), (ahead, width + 1)))
+            none = (correct == 0).all(1, keepdim=True)  # the step to sigma = 0 has no corrector
+            ahead = torch.where(none, pad(outputs, (1, 0)), ahead)
+            outputs = corrected(keep, outputs, ahead)
+        return torch.cat([keep.unsqueeze(1), outputs, std.unsqueeze(1)], 1)
 
 
 def corrected(keep: Tensor, predict: Tensor, correct: Tensor) -> Tensor:
