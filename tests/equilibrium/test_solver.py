@@ -104,18 +104,20 @@ def test_items_leave(make) -> None:
 
 def test_masking_gives_what_leaving_gives(make) -> None:
     f, z0, args = problem()
-    rows: list[int] = []
+    seen: list[Tensor] = []
 
-    def counting(z: Tensor, *args: Tensor | None) -> Tensor:
-        rows.append(len(z))
+    def watching(z: Tensor, *args: Tensor | None) -> Tensor:
+        seen.append(z.clone())
         return f(z, *args)
 
     leaving = make(max_iterations=300, rtol=1e-8)(f, z0, *args)
-    masking = make(max_iterations=300, rtol=1e-8, compact=False)(counting, z0, *args)
-    assert set(rows) == {7}
+    masking = make(max_iterations=300, rtol=1e-8, compact=False)(watching, z0, *args)
+    assert {len(z) for z in seen} == {7}
     assert torch.equal(leaving.iterations, masking.iterations)
     assert torch.allclose(leaving.z, masking.z, rtol=0, atol=1e-13)
     assert torch.allclose(leaving.residual, masking.residual, rtol=1e-6, atol=1e-14, equal_nan=True)
+    for b, n in enumerate(masking.iterations.tolist()):
+        assert all(torch.equal(z[b], masking.z[b]) for z in seen[n:])  # what is done stays as it is
 
 
 def test_absolute_tolerance_alone(make) -> None:

@@ -139,6 +139,8 @@ class FixedPointSolver(ABC):
         with torch.no_grad(), torch.autocast(kind, enabled=False):
             z, record = self._solve(evaluate, z0.detach(), args, norm or euclidean, callback)
             solution = record.solution(z)
+        if amp[0]:
+            torch.clear_autocast_cache()  # weights that autocast has cast without autograd must not serve a gradient
         record.warn()
         return solution
 
