@@ -79,12 +79,13 @@ def test_there_is_no_config_without_a_job() -> None:
 
 @pytest.mark.parametrize("option", options())
 def test_option(option: str) -> None:
-    """In every job that has the group, an experiment in its job (JOB_..., or else sample), a way to sweep in any."""
+    """In every job that has the group, an experiment in its own (JOB_..., inversion_..., or sample), a sweep in any."""
     if option in PLUGINS and not find_spec(f"hydra_plugins.{PLUGINS[option]}"):
         pytest.skip(f"{PLUGINS[option]} is not installed")
     group, _, name = option.partition("=")
     if group == "experiment":
-        own = [job for job in JOBS if name.startswith(f"{job}_")] or ["sample"]
+        verb = name.replace("inversion_", "invert_")
+        own = [job for job in JOBS if verb.startswith(f"{job}_")] or ["sample"]
         overrides = [(job, f"+{option}") for job in own]
     elif group == "sweep":
         overrides = [("sample", f"+{option}")]

@@ -13,7 +13,7 @@ FLOORS = [
     {"networks"},
     {"denoisers"},
     {"samplers"},
-    {"guidance", "restorers", "sdes"},
+    {"guidance", "inversion", "restorers", "sdes"},
     {"data", "metrics", "checkpoints"},
     {"modules", "callbacks", "tables"},
     {"jobs", "cli", "launch", "mistakes", "__main__"},

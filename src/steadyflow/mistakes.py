@@ -77,7 +77,7 @@ def explain_composition(
         config_name, configs, config_dir: what was composed, to look for near matches of a misspelt key.
     """
     if isinstance(error, MissingConfigException) and error.missing_cfg_file is not None:
-        return _explain_missing(error)
+        return _explain_missing(error, configs)
     if isinstance(error, OverrideParseException):
         return f"cannot read '{error.override}': {_flat(error)}"
     if isinstance(error, CompactHydraException):
@@ -94,13 +94,13 @@ def explain_composition(
     return explain(error)
 
 
-def _explain_missing(error: MissingConfigException) -> str:
+def _explain_missing(error: MissingConfigException, configs: Path) -> str:
     """A config that no source has: an option of a group, or a primary config."""
     name = error.missing_cfg_file or ""
     group, _, option = name.rpartition("/")
     if group == "hydra/launcher" and option in PLUGINS:
         return f"{name} needs its plugin: pip install 'steadyflow[{PLUGINS[option]}]'"
-    options = list(error.options or [])
+    options = list(error.options or []) or sorted(file.stem for file in (configs / group).glob("*.yaml") if group)
     if not options:
         return _flat(str(error).partition("Config search path")[0].partition("Search path")[0])
     near = did_you_mean(option, options)

@@ -4,11 +4,12 @@ import lightning as L
 from lightning.pytorch.callbacks import RichProgressBar, TQDMProgressBar
 from rich.progress import TaskID
 
+from steadyflow.modules.inversion import Inverting
 from steadyflow.modules.sampling import Sampling
 
 
 class StepProgress(L.Callback):
-    """Shows how far the sampler is within its batch: a second line under a rich bar, a percentage behind a tqdm bar.
+    """Shows how far the work is within its batch: a second line under a rich bar, a percentage behind a tqdm bar.
 
     Nothing where the trainer shows no bar (enable_progress_bar=false, or a process other than the first).
     """
@@ -18,7 +19,7 @@ class StepProgress(L.Callback):
 
     def on_predict_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         bar = trainer.progress_bar_callback
-        assert isinstance(pl_module, Sampling)
+        assert isinstance(pl_module, Sampling | Inverting)
         if bar is None or not trainer.is_global_zero:
             return
         if isinstance(bar, RichProgressBar):
@@ -27,7 +28,7 @@ class StepProgress(L.Callback):
             pl_module.progress = lambda fraction: bar.predict_progress_bar.set_postfix_str(f"{fraction:.0%} of batch")
 
     def on_predict_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        assert isinstance(pl_module, Sampling)
+        assert isinstance(pl_module, Sampling | Inverting)
         pl_module.progress = None
 
     def _rich(self, bar: RichProgressBar, fraction: float) -> None:
