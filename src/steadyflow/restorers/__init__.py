@@ -1,0 +1,5 @@
+"""Restorers: images from incomplete, noisy measurements of them, by calling a denoiser. One class a method."""
+
+from steadyflow.restorers.restorer import Measurement, Restorer
+
+__all__ = ["Measurement", "Restorer"]
