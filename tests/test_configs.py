@@ -87,7 +87,7 @@ def test_option(option: str) -> None:
         verb = name.replace("inversion_", "invert_")
         own = [job for job in JOBS if verb.startswith(f"{job}_")] or ["sample"]
         overrides = [(job, f"+{option}") for job in own]
-    elif group == "sweep":
+    elif group in {"sweep", "task"}:  # the job restore, which chooses a task, is to come
         overrides = [("sample", f"+{option}")]
     else:
         overrides = [(job, f"{g}={name}") for job in JOBS for g in groups(job) if g.partition("@")[0] == group]

@@ -1,0 +1,29 @@
+"""Every task's operator is made, from its config and the shape of an image alone."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from hydra.utils import instantiate
+from omegaconf import OmegaConf
+
+from steadyflow.linear import NonlinearOperator, Operator
+
+TASKS = Path(__file__).parents[2] / "configs" / "task"
+SWEPT = {"blur": {"std": 1.0}, "inpaint_box": {"size": 8}, "inpaint_freeform": {"seed": 3}, "jpeg": {"quality": 50}}
+
+
+@pytest.mark.parametrize("file", sorted(TASKS.glob("*.yaml")), ids=lambda file: file.stem)
+def test_task(file: Path) -> None:
+    task = OmegaConf.load(file)
+    assert task.sigma_y == 0.0
+    assert next(iter(task)) == "sigma_y"
+    operator = instantiate(task.operator, shape=(3, 32, 32))
+    assert isinstance(operator, Operator | NonlinearOperator)
+    x = torch.rand(2, 3, 32, 32, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    y = operator(x)
+    assert y.shape == (2, *operator.measured_shape)
+    torch.testing.assert_close(operator(operator.pinv(y)), y, rtol=0, atol=0.1 if "blur" in file.stem else 2e-5)
+    if file.stem in SWEPT:  # what people sweep stands at the top and reaches the operator
+        other = instantiate(OmegaConf.merge(task, SWEPT[file.stem]).operator, shape=(3, 32, 32))
+        assert not torch.equal(other(x), y)
