@@ -135,9 +135,10 @@ class Operator(ABC):
             r2, noise2: () or (B,), not negative and not both 0. Best on the CPU: they are looked at.
         """
         with self._exact(y, self.measured_shape, "measurement"):
-            r2, noise2 = _variance(r2, y, "r2"), _variance(noise2, y, "noise2")
-            if bool(((r2 == 0) & (noise2 == 0)).any()):
+            r2, noise2 = _variance(r2, len(y), "r2"), _variance(noise2, len(y), "noise2")
+            if bool((r2.cpu() + noise2.cpu() == 0).any()):
                 raise ValueError("r2 and noise2 are both 0, and 0 has no inverse: one of them must be positive")
+            r2, noise2 = r2.to(y.device), noise2.to(y.device)
             spectrum = self._spectrum(y.device, torch.float64)
             solvable = spectrum.kept.bool() | (noise2 > 0)
             denominator = torch.where(solvable, r2 * spectrum.s.square() + noise2, 1.0)
@@ -196,11 +197,11 @@ def image_shape(shape: Shape) -> Shape:
     return shape
 
 
-def _variance(value: Tensor | float, y: Tensor, name: str) -> Tensor:
-    """A variance () or (B,) as float64, (1 or B, 1, 1, 1), on y's device."""
+def _variance(value: Tensor | float, batch: int, name: str) -> Tensor:
+    """A variance () or (B,) as float64, (1 or B, 1, 1, 1), where it is."""
     value = torch.as_tensor(value, dtype=torch.float64)
-    if value.ndim > 1 or (value.ndim == 1 and len(value) != len(y)):
-        raise ValueError(f"{name} must be a number or one for each of the {len(y)} items, got {tuple(value.shape)}")
+    if value.ndim > 1 or (value.ndim == 1 and len(value) != batch):
+        raise ValueError(f"{name} must be a number or one for each of the {batch} items, got {tuple(value.shape)}")
     if not bool((value >= 0).all()):
         raise ValueError(f"{name} is a variance and cannot be negative or NaN, got {value.min().item():g}")
-    return value.to(y.device).reshape(-1, 1, 1, 1)
+    return value.reshape(-1, 1, 1, 1)
