@@ -70,8 +70,12 @@ def shown(operator: Measurement, y: Tensor) -> Tensor:
             y = torch.fft.fftshift(y, dim=-2)
         size = y.abs().mean(0, keepdim=True)
         return ((size + 1e-3).log() / np.log(1e3) + 1).div(1.7).clamp(0, 1).permute(1, 2, 0)
-    y = y[:3] if y.shape[0] > 3 else y  # of a stack, the first
-    return ((y.clamp(-1, 1) + 1) / 2).permute(1, 2, 0)
+    return picture(y[: operator.shape[0]])  # of a stack, the first
+
+
+def picture(x: Tensor) -> Tensor:
+    """An image (C, H, W) in [-1, 1] as (H, W, C) in [0, 1]."""
+    return ((x.clamp(-1, 1) + 1) / 2).permute(1, 2, 0)
 
 
 def main() -> None:
@@ -94,7 +98,7 @@ def main() -> None:
         psnr = -10 * ((back.clamp(-1, 1) - x).square().mean((1, 2, 3)) / 4).log10()
         error = float((operator(back) - y).norm() / y.norm())
         label = f"{name}\n{psnr.mean():.1f} dB\n|A A$^+$y - y| / |y| = {error:.0e}"
-        rows[label] = [picture for i in range(len(x)) for picture in (shown(operator, y[i]), shown(operator, back[i]))]
+        rows[label] = [p for i in range(len(x)) for p in (shown(operator, y[i]), picture(back[i]))]
         print(label.replace("\n", "   "), flush=True)
 
     columns = 2 * len(x) + 1
@@ -102,12 +106,13 @@ def main() -> None:
     axes = figure.subplots(len(rows) + 1, columns, squeeze=False)
     for axis in axes.flat:
         axis.axis("off")
+    axes[0, 0].text(1, 0.5, "image\nright of it: y, A$^+$y", ha="right", va="center", fontsize=9)
     for i, image in enumerate(x):
-        axes[0, 1 + 2 * i].imshow(((image + 1) / 2).permute(1, 2, 0))
+        axes[0, 1 + 2 * i].imshow(picture(image))
     for row, (label, pictures) in zip(axes[1:], rows.items(), strict=True):
         row[0].text(1, 0.5, label, ha="right", va="center", fontsize=9)
-        for axis, picture in zip(row[1:], pictures, strict=True):
-            axis.imshow(picture, cmap="gray", vmin=0, vmax=1, interpolation="nearest")
+        for axis, pixels in zip(row[1:], pictures, strict=True):
+            axis.imshow(pixels, cmap="gray", vmin=0, vmax=1, interpolation="nearest")
     figure.subplots_adjust(left=0, right=1, bottom=0, top=1, wspace=0.02, hspace=0.02)
     arguments.out.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(arguments.out, format="png")

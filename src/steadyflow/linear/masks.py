@@ -43,8 +43,8 @@ def freeform_mask(shape: Size, coverage: tuple[float, float] = (0.2, 0.3), seed:
     A stroke starts anywhere and is a chain of up to 12 round-ended segments. Each turns by 72 +- 24 degrees, to one
     side and the other in turn, and is |N(r, r / 2)| long, at most 2 r, with r = (H + W) / 8; the brush is 12 to 40
     pixels wide at 256 pixels, in proportion at other sizes. Segments are added until the share drawn for this mask is
-    reached; one that would pass coverage[1] is left out, and its stroke ends. Sources: Yu et al. 2019 (gated
-    convolution), Algorithm 1; the shares are Saharia et al. 2022's (Palette).
+    reached. A stroke ends where it leaves the image, or before a segment that would pass coverage[1].
+    Sources: Yu et al. 2019 (gated convolution), Algorithm 1; the shares are Saharia et al. 2022's (Palette).
 
     Raises:
         ValueError: unless 0 < coverage[0] < coverage[1] < 1; an image too small for strokes this fine.
@@ -61,13 +61,15 @@ def freeform_mask(shape: Size, coverage: tuple[float, float] = (0.2, 0.3), seed:
             turn = random.uniform(48, 96) * (-1) ** k
             heading += math.radians(turn)
             length = min(abs(random.normal(mean, mean / 2)), 2 * mean)
-            end = np.clip(at + length * np.array([math.sin(heading), math.cos(heading)]), 0, (h, w))
+            end = at + length * np.array([math.sin(heading), math.cos(heading)])
             drawn = hidden | _segment((h, w), at, end, width / 2)
             if drawn.mean() > high:
                 break
             hidden, at = drawn, end
             if hidden.mean() >= target:
                 return torch.from_numpy(1.0 - hidden)
+            if not (0 <= at[0] <= h and 0 <= at[1] <= w):
+                break
     raise ValueError(f"no strokes on {h} x {w} hide between {low} and {high} of it: widen the coverage")
 
 
