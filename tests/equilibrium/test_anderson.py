@@ -188,3 +188,24 @@ def test_history_follows_the_items_that_stay() -> None:
     masked = Anderson(m=4, max_iterations=400, rtol=1e-9, compact=False)
     again = masked(apply, torch.zeros_like(shift), rate[:, None, None] * matrix, shift)
     assert torch.equal(solution.iterations, again.iterations)
+
+
+@pytest.mark.parametrize("mixing", ["item", "state", "causal"])
+def test_a_window_that_slides_keeps_the_history_of_the_states_it_keeps(mixing):
+    """As if those it has left had never been there, and those that come in had just begun."""
+    g = torch.Generator().manual_seed(0)
+    trail = torch.randn(6, 2, 3, 5, 4, generator=g, dtype=torch.float64)  # (step, z and g, B, T, d)
+    solver = Anderson(m=2, ridge=1e-6, mixing=mixing)
+    whole, kept = solver.start(trail[0, 0]), solver.start(trail[0, 0, :, 2:])
+    for z, r in trail[:4]:
+        whole.step(z.flatten(1), r.flatten(1), torch.neg, ())
+        kept.step(z[:, 2:].reshape(3, -1).contiguous(), r[:, 2:].reshape(3, -1).contiguous(), torch.neg, ())
+    whole.slide(torch.full((3,), 2), 5)
+    for i, (z, r) in enumerate(trail[4:]):
+        after = whole.step(z.flatten(1), r.flatten(1), torch.neg, ()).view(3, 5, 4)
+        if i == 0 or mixing != "item":  # by item, the new states soon have a say
+            known = (v[:, :3].flatten(1).contiguous() for v in (z, r))
+            expected = kept.step(*known, torch.neg, ()).view(3, 3, 4)
+            torch.testing.assert_close(after[:, :3], expected, rtol=1e-10, atol=1e-10)
+        if i == 0 and mixing == "state":  # nothing to mix yet
+            torch.testing.assert_close(after[:, 3:], (z + r)[:, 3:])
