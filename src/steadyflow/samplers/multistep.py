@@ -51,6 +51,7 @@ class MultistepSampler(Sampler):
     def __init__(self, path: GaussianPath, grid: Grid | Tensor | Sequence[float], steps: int | None = None):
         self.path = path
         self.times = time_grid(path, grid, steps)
+        self._schedules: dict[tuple[torch.device, torch.dtype], list[Step]] = {}
 
     @property
     def steps(self) -> int:
@@ -63,13 +64,16 @@ class MultistepSampler(Sampler):
         """(A, B, C_1, ..., C_q, std) of each step, (N, q + 3) float64."""
 
     def schedule(self, x: Tensor) -> list[Step]:
-        """The steps of the grid, their coefficients beside a state x."""
-        alpha, sigma = (v[:-1] for v in self.path(self.times))
-        rows = torch.cat([alpha.unsqueeze(1), self.table], 1).to(x.device, x.dtype)
-        return [
-            Step(a, s, row[0], row[1], row[2], row[3:-1], row[-1])
-            for a, s, row in zip(alpha.unbind(), sigma.unbind(), [r.unbind() for r in rows.unbind()], strict=True)
-        ]
+        """The steps of the grid, their coefficients beside a state x; kept for the next batch."""
+        place = (x.device, x.dtype)
+        if place not in self._schedules:
+            alpha, sigma = (v[:-1] for v in self.path(self.times))
+            rows = torch.cat([alpha.unsqueeze(1), self.table], 1).to(x.device, x.dtype)
+            self._schedules[place] = [
+                Step(a, s, row[0], row[1], row[2], row[3:-1], row[-1])
+                for a, s, row in zip(alpha.unbind(), sigma.unbind(), [r.unbind() for r in rows.unbind()], strict=True)
+            ]
+        return self._schedules[place]
 
     def past(self, x: Tensor) -> tuple[Tensor, ...]:
         """The history (h_{n-1}, ..., h_{n-q}) before the first step: nothing."""
@@ -84,7 +88,10 @@ class MultistepSampler(Sampler):
         z: Tensor | None = None,
         **condition: Tensor,
     ) -> tuple[Tensor, tuple[Tensor, ...]]:
-        """The next state and history. It compiles once: what changes from step to step is in tensors."""
+        """The next state and history. It compiles once: what changes from step to step is in tensors.
+
+        Without gradients the memory of x is used again, for the history.
+        """
         x0 = denoiser(x, step.alpha, step.sigma, **condition)
         out = (x * step.keep).addcmul_(x0, step.pull)
         for h, c in zip(past, step.past, strict=True):
@@ -93,7 +100,9 @@ class MultistepSampler(Sampler):
             out = out.addcmul_(z, step.std)
         if not past:
             return out, past
-        return out, (torch.addcmul(x, x0, -step.level) if self.keeps_noise else x0, *past[:-1])
+        if self.keeps_noise:
+            x0 = (torch.addcmul if torch.is_grad_enabled() else Tensor.addcmul_)(x, x0, -step.level)
+        return out, (x0, *past[:-1])
 
     @torch.no_grad()
     def __call__(
@@ -105,7 +114,7 @@ class MultistepSampler(Sampler):
         progress: Progress | None = None,
         **condition: Tensor,
     ) -> Tensor:
-        x = noise_start(self.path, self.times[0], noise) if start is None else start
+        x = noise_start(self.path, self.times[0], noise) if start is None else start.detach().clone()
         x = x if x.dtype == torch.float64 else x.float()
         past, sums = self.past(x), []
         for k, step in enumerate(self.schedule(x)):
