@@ -1,6 +1,10 @@
 """Time grids 1 >= t_0 > t_1 > ... > t_N >= 0: where a sampler stops between noise and data."""
 
+import json
+import os
 from abc import ABC, abstractmethod
+from itertools import pairwise
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -166,6 +170,43 @@ class Indices(Grid):
         else:  # floor(k^2 c) is convex in k, so moving repeated indices up amounts to the maximum with k
             indices = [max(k, int(0.8 * total * (k / (steps - 1)) ** 2 + 1e-9)) for k in range(steps)]
         return _close((torch.tensor(indices[::-1], dtype=torch.float64) + 1) / total, True)
+
+
+class Saved(Grid):
+    """The grid of a file: a list of noise-to-signal ratios sigma / alpha for each number of steps, so it fits any path.
+
+        {"ratios": {"5": [152.2, 20.1, 5.3, 1.4, 0.2, 0.01], "10": [...]}}        N + 1 falling ratios under "N"
+
+    as scripts/find_grid.py writes it for a checkpoint, or anybody by hand.
+
+    Args:
+        file: the JSON file.
+        zero: append t = 0, so that N steps are the list of N - 1 and then t = 0; without it, the list of N.
+
+    Raises:
+        FileNotFoundError: no such file.
+        ValueError: a file of another form, or no list for the number of steps asked for.
+    """
+
+    def __init__(self, file: str | os.PathLike[str], zero: bool = False):
+        self.file, self.zero = Path(file).expanduser(), zero
+        if not self.file.is_file():
+            raise FileNotFoundError(f"no grid at {self.file}; scripts/find_grid.py makes one for a checkpoint")
+        try:
+            found = json.loads(self.file.read_text())["ratios"]
+            self.ratios = {int(n): [float(r) for r in ratios] for n, ratios in found.items()}
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise ValueError(f'{self.file}: expected {{"ratios": {{"N": [N + 1 numbers]}}}}, got {error!r}') from None
+        for n, ratios in self.ratios.items():
+            if len(ratios) != n + 1 or any(a <= b for a, b in pairwise(ratios)):
+                raise ValueError(f"{self.file}: {n} steps are {n + 1} falling ratios, got {ratios}")
+
+    def __call__(self, path: GaussianPath, steps: int) -> Tensor:
+        wanted = steps - self.zero
+        if wanted not in self.ratios:
+            known = ", ".join(str(n + self.zero) for n in sorted(self.ratios))
+            raise ValueError(f"{self.file} has no grid of {steps} steps; it has {known}")
+        return _close(path.time_at(torch.tensor(self.ratios[wanted], dtype=torch.float64)), self.zero)
 
 
 def _unit(steps: int, zero: bool) -> Tensor:

@@ -6,7 +6,7 @@ import torch
 from skimage.metrics import peak_signal_noise_ratio, structural_similarity
 from torch import Tensor
 
-from steadyflow.metrics import PSNR, SSIM
+from steadyflow.metrics import PSNR, RMSE, SSIM
 from steadyflow.metrics.paired import PairedMetric
 
 
@@ -59,6 +59,9 @@ def test_a_constant_error_and_equal_images() -> None:
     assert abs(metric.compute()["psnr"] - 20 * np.log10(5)) < 1e-12
     metric.update(torch.tensor([1]), x[1:], x[1:])
     assert metric.compute()["psnr"] == torch.inf
+    error = RMSE()
+    error.update(torch.arange(2), x, torch.cat([x[:1] + 51, x[1:] - 25]))
+    assert abs(error.compute()["rmse"] - (51 + 25) / 2 / 127.5) < 1e-12
     same = SSIM()
     same.update(torch.arange(2), x, x)
     assert abs(same.compute()["ssim"] - 1) < 1e-12

@@ -10,7 +10,7 @@ from steadyflow.metrics.inception_score import ClassAccuracy, InceptionScore
 from steadyflow.metrics.kernel import KernelDistance
 from steadyflow.metrics.memorisation import Memorisation
 from steadyflow.metrics.metric import EvaluationMetric
-from steadyflow.metrics.paired import PSNR, SSIM
+from steadyflow.metrics.paired import PSNR, RMSE, SSIM
 from steadyflow.metrics.perceptual import LPIPS, DigitsDistance
 from steadyflow.metrics.precision_recall import PrecisionRecall
 from steadyflow.metrics.reference import Reference, Sources
@@ -19,6 +19,7 @@ from steadyflow.metrics.resnet_cifar10 import ResNetCIFAR10
 __all__ = [
     "LPIPS",
     "PSNR",
+    "RMSE",
     "SSIM",
     "ClassAccuracy",
     "DigitsDistance",
