@@ -124,8 +124,8 @@ def _local_errors(y: Tensor, eps: Tensor, rho: Tensor) -> Tensor:
 
 
 def _growth(sampler: AdamsBashforth, denoiser: Denoiser, y: Tensor, **condition: Tensor) -> Tensor:
-    """The growth of small errors of y (M, B, *S) until the last node: |difference there| / |difference at it|, (M,), the
-    geometric mean over samples.
+    """The growth of small errors of y (M, B, *S) until the last node: |difference there| / |difference at it|, (M,),
+    the geometric mean over samples.
 
     The end of a perturbed trajectory is found in steps of five nodes beside that of the trajectory itself in the same
     steps, so that what is left of both is the flow's. Between the nodes it is interpolated in its logarithm.
