@@ -19,7 +19,13 @@ FLOORS = [
     {"jobs", "cli", "launch", "mistakes", "__main__"},
 ]
 # who may import whom on the same floor
-NEIGHBOURS = {("grids", "paths"), ("metrics", "data"), ("checkpoints", "data"), ("callbacks", "modules")}
+NEIGHBOURS = {
+    ("grids", "paths"),
+    ("guidance", "restorers"),
+    ("metrics", "data"),
+    ("checkpoints", "data"),
+    ("callbacks", "modules"),
+}
 FIRST_FLOOR = {"lightning": 7, "hydra": 8, "omegaconf": 8}
 FILES = sorted(p for p in PACKAGE.rglob("*.py") if p != PACKAGE / "__init__.py")
 

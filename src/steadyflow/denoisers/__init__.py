@@ -11,6 +11,7 @@ from steadyflow.denoisers.network import (
     VelocityDenoiser,
     X0Denoiser,
 )
+from steadyflow.denoisers.pullback import denoise_and_pull
 
 __all__ = [
     "CountedDenoiser",
@@ -25,4 +26,5 @@ __all__ = [
     "VDenoiser",
     "VelocityDenoiser",
     "X0Denoiser",
+    "denoise_and_pull",
 ]

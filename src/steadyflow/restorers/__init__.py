@@ -1,5 +1,6 @@
 """Restorers: images from incomplete, noisy measurements of them, by calling a denoiser. One class a method."""
 
+from steadyflow.restorers.guided import GuidedSampler
 from steadyflow.restorers.restorer import Measurement, Restorer
 
-__all__ = ["Measurement", "Restorer"]
+__all__ = ["GuidedSampler", "Measurement", "Restorer"]

@@ -1,13 +1,16 @@
 """What a restorer is: a measurement and noise in, an image that fits both the measurement and the prior out."""
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol
 
+import torch
 from torch import Tensor
 
 from steadyflow.denoisers import Denoiser
 from steadyflow.noise import NoiseSource
+from steadyflow.paths import expand
 from steadyflow.samplers.sampler import Progress
 
 
@@ -23,6 +26,8 @@ class Operator(Protocol):
     def project(self, x: Tensor) -> Tensor: ...
 
     def solve(self, y: Tensor, r2: Tensor | float, noise2: Tensor | float) -> Tensor: ...
+
+    def spectral(self, x: Tensor, f: Callable[[Tensor], Tensor]) -> Tensor: ...
 
 
 @dataclass(frozen=True)
@@ -45,6 +50,45 @@ class Measurement:
     def __post_init__(self) -> None:
         if not self.sigma_y >= 0:
             raise ValueError(f"sigma_y is a standard deviation, at least 0; got {self.sigma_y}")
+
+    def correction(self, x0: Tensor, r2: Tensor, y: Tensor | None = None) -> Tensor:
+        """r2 A^T (r2 A A^T + sigma_y^2 I)^-1 (y - A x_0), without noise A^+ y - A^+ A x_0 (B, *S):
+
+        what moves x_0 to E[x_0 | y] if x_0 was known to be N(x_0, r2 I). The noiseless form is defined for operators
+        that are not linear too.
+
+        Args:
+            x0: (B, *S).
+            r2: () or (B,), float64.
+            y: measurements of the rows of x0, where they are not those of the whole batch.
+
+        Raises:
+            ValueError: noise and an operator that is not linear; measurements of another number than x0.
+        """
+        y = self.y if y is None else y
+        if len(y) != len(x0):
+            raise ValueError(f"{len(y)} measurements for {len(x0)} images: each image needs its own")
+        if self.sigma_y == 0:
+            return self.operator.pinv(y) - self.operator.project(x0)
+        if not hasattr(self.operator, "solve"):
+            kind = type(self.operator).__name__
+            raise ValueError(f"{kind} is not linear, and this method knows it without noise alone; set sigma_y=0")
+        weighted = self.operator.solve(y - self.operator(x0), r2, self.sigma_y**2)
+        return expand(r2, x0) * self.operator.adjoint(weighted)
+
+    def misfit(self, x0: Tensor, y: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """|y - A x_0| of each sample (B,), and its gradient in x_0, -A^T (y - A x_0) / |y - A x_0| (B, *S)."""
+        y = self.y if y is None else y
+        with torch.enable_grad():
+            x0 = x0.detach().requires_grad_()
+            norm = torch.linalg.vector_norm((y - self.operator(x0)).flatten(1), dim=1)
+            (slope,) = torch.autograd.grad(norm.sum(), x0)
+        return norm.detach(), slope
+
+    def require_noiseless(self, method: str) -> None:
+        """Raises a ValueError if the measurement has noise, which the method named would reproduce."""
+        if self.sigma_y > 0:
+            raise ValueError(f"{method} reproduces y, its noise too; it needs sigma_y=0, got {self.sigma_y}")
 
 
 class Restorer(ABC):
