@@ -86,26 +86,26 @@ def test_the_update_is_adam(mixture, noise, target, ddim):
 
 
 METHODS: dict[str, Callable] = {
-    "naive": lambda **options: Naive(lr=0.05, **options),
-    "deq": lambda **options: DEQInversion(lr=0.05, **options),
+    "naive": lambda **options: Naive(lr=0.1, checkpoint=False, **options),
+    "deq": lambda **options: DEQInversion(lr=0.1, **options),
 }
 
 
 @pytest.mark.parametrize("name", METHODS)
 @pytest.mark.parametrize("eta", [0.0, 0.6])
 def test_the_latent_found_makes_the_image(name, eta, mixture, noise, target, ddim):
-    method, sampler = METHODS[name](epochs=300, threshold=1e-6), ddim(6, eta)
+    method, sampler = METHODS[name](epochs=150, threshold=1e-5), ddim(4, eta)
     target = target if eta == 0 else sampler(mixture, noise, start=noise(99))  # with these noises not all can be made
     found = method(mixture, sampler, target, noise)
-    assert (found.epochs < 300).all()  # all have reached it
+    assert (found.epochs < 150).all()  # all have reached it
     image = sampler(mixture, noise, start=found.latent)
-    assert (image - target).norm(dim=1).max() < 1.01e-3
+    assert (image - target).norm(dim=1).max() < 3.2e-3
     torch.testing.assert_close(method.image(mixture, sampler, found.latent, noise), image)
 
 
 @pytest.mark.parametrize("name", METHODS)
 def test_a_batch_is_its_singles(name, mixture, noise, target, ddim):
-    method, sampler = METHODS[name](epochs=60, threshold=1e-2), ddim(6, 0.5)
+    method, sampler = METHODS[name](epochs=20, threshold=0.1), ddim(4, 0.5)
     whole = method(mixture, sampler, target, noise)
     assert len(whole.epochs.unique()) > 1  # they leave at different epochs
     for i in range(len(target)):
@@ -115,7 +115,7 @@ def test_a_batch_is_its_singles(name, mixture, noise, target, ddim):
         torch.testing.assert_close(single.latent[0], whole.latent[i], rtol=1e-10, atol=1e-10)
         torch.testing.assert_close(single.curve[:, 0], whole.curve[:n, i], rtol=1e-9, atol=1e-11)
         assert whole.curve[n:, i].isnan().all()
-    assert whole.curve[whole.epochs - 1, range(4)].le(1e-2).equal(whole.epochs < 60)
+    assert whole.curve[whole.epochs - 1, range(4)].le(0.1)[whole.epochs < 20].all()
 
 
 def test_the_best_epoch_is_kept(mixture, noise, target, ddim):

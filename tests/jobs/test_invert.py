@@ -2,6 +2,7 @@
 
 import csv
 import json
+import signal
 from pathlib import Path
 
 import numpy as np
@@ -125,6 +126,7 @@ def test_interrupted_and_continued(tmp_path, monkeypatch, capsys):
     write, written = InversionFiles.write, []
 
     def interrupted(self, *arguments):
+        assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL  # `kill` ends it too
         if len(written) == 3:
             raise KeyboardInterrupt
         written.append(arguments)

@@ -2,6 +2,8 @@
 
 import csv
 import json
+import signal
+import threading
 import zipfile
 from collections.abc import Mapping
 from pathlib import Path
@@ -53,7 +55,9 @@ class InversionFiles:
         """
         found = {method: self._parts(method) for method in self.methods}
         return {
-            method: torch.from_numpy(np.concatenate([part["index"] for part in parts])) if parts else torch.empty(0)
+            method: torch.from_numpy(np.concatenate([part["index"] for part in parts]))
+            if parts
+            else torch.empty(0).long()
             for method, parts in found.items()
         }
 
@@ -115,6 +119,10 @@ class InversionResults(L.Callback):
     def __init__(self, files: InversionFiles, protocol: dict[str, Any]):
         self.files, self.protocol = files, protocol
         self.results: dict[str, Any] = {}
+
+    def on_predict_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)  # Lightning would go on to the end; files are whole or absent
 
     def on_predict_batch_end(
         self,

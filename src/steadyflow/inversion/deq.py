@@ -31,6 +31,9 @@ class DEQInversion(Descent):
     equilibrium, and where the solver starts has no say in it, so x_T alone is optimised here; the other states are the
     solver's, which goes on from those of the last epoch (`warm`).
 
+    A solver that stops early (configs/method/deq.yaml: one sweep an epoch) lags behind x_T: far cheaper, but it bears
+    no large lr. The public code of the source lets the gradient through the linear term of x_T alone.
+
     gradient=phantom takes `phantom_steps` damped steps of F and differentiates all of them; gradient=ift is the exact
     gradient of L, by the implicit function theorem. Each costs N evaluations for each step of F.
     Source: Pokle 2025, Algorithms 2-4, Eq. 3.15-3.18; with a stochastic sampler (DEQ-sDDIM), Eq. 3.11-3.13.
