@@ -31,8 +31,9 @@ class DEQInversion(Descent):
     equilibrium, and where the solver starts has no say in it, so x_T alone is optimised here; the other states are the
     solver's, which goes on from those of the last epoch (`warm`).
 
-    A solver that stops early (configs/method/deq.yaml: one sweep an epoch) lags behind x_T: far cheaper, but it bears
-    no large lr. The public code of the source lets the gradient through the linear term of x_T alone.
+    A solver that stops early (configs/method/deq.yaml: one sweep an epoch) lags behind x_T, and so does the loss it
+    sees, by which images leave: far cheaper, but it bears no large lr. The public code of the source lets the gradient
+    through the linear term of x_T alone.
 
     gradient=phantom takes `phantom_steps` damped steps of F and differentiates all of them; gradient=ift is the exact
     gradient of L, by the implicit function theorem. Each costs N evaluations for each step of F.
