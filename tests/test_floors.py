@@ -21,6 +21,7 @@ FLOORS = [
 # who may import whom on the same floor
 NEIGHBOURS = {
     ("grids", "paths"),
+    ("diffusions", "paths"),
     ("guidance", "restorers"),
     ("metrics", "data"),
     ("checkpoints", "data"),

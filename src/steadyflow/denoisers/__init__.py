@@ -2,6 +2,7 @@
 
 from steadyflow.denoisers.denoiser import CountedDenoiser, Denoiser
 from steadyflow.denoisers.exact import Empirical, Gaussian, GaussianMixture
+from steadyflow.denoisers.linear import DenoiserNoise, MixtureNoise, NetworkNoise, NoiseModel
 from steadyflow.denoisers.network import (
     EDMDenoiser,
     EpsDenoiser,
@@ -16,12 +17,16 @@ from steadyflow.denoisers.pullback import denoise_and_pull
 __all__ = [
     "CountedDenoiser",
     "Denoiser",
+    "DenoiserNoise",
     "EDMDenoiser",
     "Empirical",
     "EpsDenoiser",
     "Gaussian",
     "GaussianMixture",
+    "MixtureNoise",
     "NetworkDenoiser",
+    "NetworkNoise",
+    "NoiseModel",
     "ScoreDenoiser",
     "VDenoiser",
     "VelocityDenoiser",

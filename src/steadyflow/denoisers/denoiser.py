@@ -1,6 +1,7 @@
 """What a denoiser is: E[x_0 | x]."""
 
 from abc import ABC, abstractmethod
+from typing import cast
 
 from torch import Tensor, nn
 
@@ -29,13 +30,13 @@ class Denoiser(nn.Module, ABC):
 class CountedDenoiser(Denoiser):
     """Counts the evaluations of another denoiser: `rows` grows by B a call, so nfe = rows / number of samples.
 
-    Put inside a guidance that calls the network twice, it counts both.
+    Put inside a guidance that calls the network twice, it counts both. A noise model (u, t) is counted as well.
     """
 
-    def __init__(self, denoiser: Denoiser):
+    def __init__(self, denoiser: nn.Module):
         super().__init__()
         self.denoiser, self.rows = denoiser, 0
 
-    def forward(self, x: Tensor, alpha: Tensor, sigma: Tensor, **condition: Tensor) -> Tensor:
+    def forward(self, x: Tensor, *at: Tensor, **condition: Tensor) -> Tensor:
         self.rows += len(x)
-        return self.denoiser(x, alpha, sigma, **condition)
+        return cast(Tensor, self.denoiser(x, *at, **condition))

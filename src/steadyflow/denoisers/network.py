@@ -51,10 +51,7 @@ class NetworkDenoiser(Denoiser):
     def output(self, x: Tensor, t: Tensor, **condition: Tensor) -> Tensor:
         """The raw prediction (B, *S) for x on the training path at time t () or (B,)."""
         state, time = self.inputs(x, t)
-        parameter = next(self.network.parameters(), x)
-        time = time.to(x.device, torch.float64 if parameter.dtype == torch.float64 else torch.float32)
-        out = self.network(state.to(parameter.dtype), time.expand(len(x)), **condition)
-        return out.narrow(1, 0, x.shape[1]).to(x.dtype)
+        return call(self.network, state, time, **condition).to(x.dtype)
 
     def to_x0(self, output: Tensor, x: Tensor, t: Tensor) -> Tensor:
         """x_0 from the network's output at x on the training path, time t () or (B,)."""
@@ -181,3 +178,11 @@ class EDMDenoiser(NetworkDenoiser):
         alpha, sigma = self.path(t)
         a, b = self.weights(t, alpha, sigma)
         return combine((1 - a * alpha) / b, x0, -a * sigma / b, eps)
+
+
+def call(network: nn.Module, x: Tensor, t: Tensor, **condition: Tensor) -> Tensor:
+    """network(x (B, *S), t (B,)) -> (B, *S) in the network's precision, t () or (B,); a variance is left out."""
+    parameter = next(network.parameters(), x)
+    time = t.to(x.device, torch.float64 if parameter.dtype == torch.float64 else torch.float32)
+    out: Tensor = network(x.to(parameter.dtype), time.expand(len(x)), **condition)
+    return out.narrow(1, 0, x.shape[1])

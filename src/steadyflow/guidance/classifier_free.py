@@ -11,7 +11,8 @@ class ClassifierFree(Denoiser):
 
     which samples, approximately, from p(x)^(1-w) p(x | label)^w: w = 1 is the conditional model, w = 0 the
     unconditional one, w > 1 exaggerates the class. The source's guidance strength is w - 1; in eps or the score the
-    rule reads the same. Both terms are taken in one call of twice the batch, two evaluations; w = 1 and w = 0 need one.
+    rule reads the same, so a noise model (u, t) can stand for the denoiser. Both terms are taken in one call of twice
+    the batch, two evaluations; w = 1 and w = 0 need one.
     Source: Ho & Salimans 2022, Eq. 6.
 
     Args:
@@ -24,15 +25,15 @@ class ClassifierFree(Denoiser):
         super().__init__()
         self.denoiser, self.scale, self.null_label = denoiser, float(scale), int(null_label)
 
-    def forward(self, x: Tensor, alpha: Tensor, sigma: Tensor, **condition: Tensor) -> Tensor:
+    def forward(self, x: Tensor, *at: Tensor, **condition: Tensor) -> Tensor:
         if "label" not in condition:
             raise ValueError("classifier-free guidance needs a label for each sample")
         null = {**condition, "label": torch.full_like(condition["label"], self.null_label)}
         if self.scale == 1:
-            return self.denoiser(x, alpha, sigma, **condition)
+            return self.denoiser(x, *at, **condition)
         if self.scale == 0:
-            return self.denoiser(x, alpha, sigma, **null)
+            return self.denoiser(x, *at, **null)
         both = {name: torch.cat([value, null[name]]) for name, value in condition.items()}
-        alpha, sigma = (torch.cat([v, v]) if v.ndim else v for v in (alpha, sigma))
-        given, free = self.denoiser(torch.cat([x, x]), alpha, sigma, **both).chunk(2)
+        twice = (torch.cat([v, v]) if v.ndim else v for v in at)
+        given, free = self.denoiser(torch.cat([x, x]), *twice, **both).chunk(2)
         return torch.lerp(free, given, self.scale)

@@ -6,7 +6,9 @@ from steadyflow.samplers.deis import DEIS, IPNDM
 from steadyflow.samplers.dpmpp import DPMpp
 from steadyflow.samplers.er_sde import ERSDE
 from steadyflow.samplers.euler import Euler
+from steadyflow.samplers.gddim import GDDIM
 from steadyflow.samplers.heun import Heun
+from steadyflow.samplers.linear import EulerMaruyama, LinearRK45, LinearSampler
 from steadyflow.samplers.parallel import Parallel, in_parallel
 from steadyflow.samplers.restart import Restart
 from steadyflow.samplers.rk45 import RK45
@@ -20,11 +22,15 @@ __all__ = [
     "DDPM",
     "DEIS",
     "ERSDE",
+    "GDDIM",
     "IPNDM",
     "RK45",
     "DPMpp",
     "Euler",
+    "EulerMaruyama",
     "Heun",
+    "LinearRK45",
+    "LinearSampler",
     "OneStepSampler",
     "Parallel",
     "Parareal",

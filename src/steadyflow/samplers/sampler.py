@@ -2,11 +2,13 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
+from typing import cast
 
 import torch
 from torch import Tensor
 
 from steadyflow.denoisers import Denoiser
+from steadyflow.diffusions import LinearDiffusion
 from steadyflow.grids import Grid
 from steadyflow.noise import NoiseSource
 from steadyflow.paths import GaussianPath
@@ -67,6 +69,11 @@ class OneStepSampler(Sampler):
     stochastic = False  # whether `update` uses its noise z
 
     def __init__(self, path: GaussianPath, grid: Grid | Tensor | Sequence[float], steps: int | None = None):
+        if isinstance(path, LinearDiffusion):
+            raise ValueError(
+                f"{type(self).__name__} samples Gaussian paths, not {type(path).__name__}; choose sampler=gddim, "
+                "ancestral, euler_maruyama or linear_rk45"
+            )
         self.path = path
         self.times = time_grid(path, grid, steps)
 
@@ -124,12 +131,12 @@ def check_finite(sums: list[Tensor], times: Tensor) -> None:
         )
 
 
-def time_grid(path: GaussianPath, grid: Grid | Tensor | Sequence[float], steps: int | None) -> Tensor:
+def time_grid(path: GaussianPath | LinearDiffusion, grid: Grid | Tensor | Sequence[float], steps: int | None) -> Tensor:
     """The times (N + 1,) in float64 of a grid rule, or of a list of times, checked to fall within [0, 1]."""
     if isinstance(grid, Grid):
         if steps is None or steps < 1:
             raise ValueError(f"steps must be a positive integer, got {steps}; set steps (sampler.steps=20)")
-        times = grid(path, steps)
+        times = grid(cast(GaussianPath, path), steps)  # a linear diffusion refuses rules in sigma / alpha
     else:
         times = torch.as_tensor(list(grid), dtype=torch.float64)
         if steps is not None and steps != len(times) - 1:
