@@ -11,7 +11,8 @@ from torch import Tensor
 
 from steadyflow.checkpoints.files import load_parts
 from steadyflow.checkpoints.nodes import nearest
-from steadyflow.denoisers import Denoiser, Empirical, GaussianMixture
+from steadyflow.denoisers import Denoiser, Empirical, GaussianMixture, MixtureNoise, NoiseModel
+from steadyflow.diffusions import LinearDiffusion
 from steadyflow.paths import GaussianPath
 
 PACKAGE = Path(__file__).parent
@@ -23,7 +24,7 @@ class Checkpoint:
 
     Attributes:
         name: what to call it: the embedded name, or the directory it came from.
-        denoiser: in eval mode.
+        denoiser: in eval mode; of a linear diffusion a noise model.
         path: the path it was trained on, and is sampled on unless the sampler names another.
         shape: S of one sample, (C, H, W) or (D,).
         num_classes: 0 without labels; else label num_classes is the null label.
@@ -32,8 +33,8 @@ class Checkpoint:
     """
 
     name: str
-    denoiser: Denoiser
-    path: GaussianPath
+    denoiser: Denoiser | NoiseModel
+    path: GaussianPath | LinearDiffusion
     shape: tuple[int, ...]
     num_classes: int
     sha256: str
@@ -100,18 +101,20 @@ class Dataset(Protocol):
     def __getitem__(self, index: int) -> tuple[Tensor, int]: ...
 
 
-def analytic(dataset: Dataset, path: GaussianPath) -> Checkpoint:
+def analytic(dataset: Dataset, path: GaussianPath | LinearDiffusion) -> Checkpoint:
     """The exact denoiser of a dataset: no network, no error of training.
 
     A dataset with `means`, `covariances` and `weights` is the Gaussian mixture itself; any other is the empirical
     distribution of its items, per class where it has classes, whose samples are the items themselves: what a network
-    that memorised them perfectly would do.
+    that memorised them perfectly would do. On a linear diffusion: mixtures of isotropic Gaussians alone.
 
     Raises:
-        ValueError: an empty dataset, or one with a class that no item has.
+        ValueError: an empty dataset, or one with a class that no item has; or a linear diffusion and another dataset.
     """
-    denoiser: Denoiser
-    if all(hasattr(dataset, name) for name in ("means", "covariances", "weights")):
+    denoiser: Denoiser | NoiseModel
+    if isinstance(path, LinearDiffusion):
+        denoiser, num_classes, kind = _exact_noise(dataset, path), 0, "Gaussian mixture"
+    elif all(hasattr(dataset, name) for name in ("means", "covariances", "weights")):
         denoiser, num_classes = GaussianMixture(dataset.means, dataset.covariances, dataset.weights), 0  # type: ignore[attr-defined]
         kind = "Gaussian mixture"
     else:
@@ -128,3 +131,13 @@ def analytic(dataset: Dataset, path: GaussianPath) -> Checkpoint:
     card = {"exact denoiser of": f"{dataset.name} ({kind}, {len(dataset)} items)", "fingerprint": dataset.fingerprint}
     name = f"analytic ({dataset.name})"
     return Checkpoint(name, denoiser.eval(), path, tuple(dataset.shape), num_classes, sha256, card)
+
+
+def _exact_noise(dataset: Any, path: LinearDiffusion) -> MixtureNoise:
+    covariances = getattr(dataset, "covariances", None)
+    if covariances is None or covariances.ndim != 2 or bool((covariances != covariances[:, :1]).any()):
+        raise ValueError(
+            f"on {type(path).__name__}, checkpoint=analytic takes mixtures of isotropic Gaussians, not {dataset.name}; "
+            "choose dataset=gaussian_mixture"
+        )
+    return MixtureNoise(path, dataset.means, covariances[:, 0], dataset.weights)

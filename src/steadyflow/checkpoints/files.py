@@ -12,7 +12,7 @@ import os
 import re
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import safetensors
 import safetensors.torch
@@ -21,18 +21,20 @@ import yaml
 from torch import Tensor, nn
 
 from steadyflow.checkpoints.nodes import build, nearest
-from steadyflow.denoisers import NetworkDenoiser
+from steadyflow.denoisers import NetworkDenoiser, NetworkNoise
+from steadyflow.diffusions import LinearDiffusion
 from steadyflow.paths import GaussianPath
 
 WEIGHTS, CONFIG, CARD = "model.safetensors", "config.yaml", "card.md"
 NODES = ("network", "path", "denoiser")
 ENTRIES = (*NODES, "shape", "num_classes", "sha256", "config_sha256")
-Parts = tuple[NetworkDenoiser, GaussianPath, tuple[int, ...], int, str, dict[str, Any]]
+Model = NetworkDenoiser | NetworkNoise
+Parts = tuple[Model, GaussianPath | LinearDiffusion, tuple[int, ...], int, str, dict[str, Any]]
 
 
 def save(
     directory: str | Path,
-    denoiser: NetworkDenoiser,
+    denoiser: Model,
     nodes: Mapping[str, Any],
     shape: Sequence[int],
     num_classes: int,
@@ -117,19 +119,19 @@ def load_parts(directory: Path, sha256: str | None, trusted: Collection[str]) ->
     return denoiser.eval(), denoiser.path, shape, int(config["num_classes"]), found, _read_card(directory / CARD)
 
 
-def _build(config: Mapping[str, Any], where: str, trusted: Collection[str] | None) -> NetworkDenoiser:
+def _build(config: Mapping[str, Any], where: str, trusted: Collection[str] | None) -> Model:
     with torch.random.fork_rng(devices=[]):  # initial weights are drawn, and nobody should notice
         network = build(config["network"], f"{where}: network", trusted)
         path = build(config["path"], f"{where}: path", trusted)
         denoiser = build(config["denoiser"], f"{where}: denoiser", trusted, network=network, path=path)
     for key, value, kind in (
         ("network", network, nn.Module),
-        ("path", path, GaussianPath),
-        ("denoiser", denoiser, NetworkDenoiser),
+        ("path", path, GaussianPath | LinearDiffusion),
+        ("denoiser", denoiser, Model),
     ):
         if not isinstance(value, kind):
-            raise ValueError(f"{where}: {key}: {config[key]['_target_']} is no {kind.__name__}")
-    return denoiser
+            raise ValueError(f"{where}: {key}: {config[key]['_target_']} is no {getattr(kind, '__name__', kind)}")
+    return cast(Model, denoiser)
 
 
 def _read_config(file: Path) -> dict[str, Any]:
@@ -175,7 +177,7 @@ def _check_state(network: nn.Module, state: Mapping[str, Tensor], where: str) ->
             raise ValueError(f"{where}: weight {key} has shape {found}, the network of config.yaml has {expected}")
 
 
-def _describe(denoiser: NetworkDenoiser) -> str:
+def _describe(denoiser: Model) -> str:
     return f"{type(denoiser).__name__} of {type(denoiser.network).__name__} on {type(denoiser.path).__name__}"
 
 

@@ -6,7 +6,7 @@ import inspect
 from collections.abc import Collection
 from typing import Any
 
-TRUSTED = ("steadyflow.networks", "steadyflow.paths", "steadyflow.denoisers")
+TRUSTED = ("steadyflow.networks", "steadyflow.paths", "steadyflow.diffusions", "steadyflow.denoisers")
 
 
 def nearest(word: str, known: Collection[str]) -> str:

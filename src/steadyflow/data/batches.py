@@ -21,8 +21,9 @@ NOISE, COINS, ORDER, OFFSET = (2**32 + i for i in range(4))
 class Batch(NamedTuple):
     """The samples of one micro-batch on one process, and all the randomness their loss needs.
 
-    x0 (B, *S) and its label (B,) int64; eps (B, *S) ~ N(0, I); u (B,) float64, uniform on [0, 1): the quantile of the
-    time; drop (B,) float64, uniform: the label is dropped where drop < its probability; step: the micro-step.
+    x0 (B, *S) and its label (B,) int64; eps ~ N(0, I), (B, *S), or (B, k C, *rest) for a state of k variables; u (B,)
+    float64, uniform on [0, 1): the quantile of the time; drop (B,) float64, uniform: the label is dropped where drop <
+    its probability; step: the micro-step.
     """
 
     x0: Tensor
@@ -59,6 +60,7 @@ class TrainingBatches:
         workers: loader processes; 0 loads in this one.
         flip: mirror each image left to right with probability 1/2.
         pin: pin the memory of a batch, for copies to a GPU.
+        variables: k of the state that eps is for.
 
     Raises:
         ValueError: an empty dataset, no steps, or a batch size that A x R does not divide.
@@ -77,6 +79,7 @@ class TrainingBatches:
         workers: int = 0,
         flip: bool = False,
         pin: bool = False,
+        variables: int = 1,
     ):
         self.size = len(dataset)  # type: ignore[arg-type]
         if self.size == 0:
@@ -90,7 +93,7 @@ class TrainingBatches:
             )
         self.dataset, self.batch_size, self.steps, self.seed = dataset, batch_size, steps, seed
         self.accumulate, self.rank, self.world = accumulate, rank, world
-        self.workers, self.flip, self.pin = workers, flip, pin
+        self.workers, self.flip, self.pin, self.variables = workers, flip, pin, variables
         self.given = 0
         self._order: tuple[int, np.ndarray] = (-1, np.empty(0, int))
 
@@ -126,7 +129,7 @@ class TrainingBatches:
         if self.flip:
             x0 = torch.where(torch.from_numpy(coins[:, 1] < 0.5).view(-1, *[1] * (x0.ndim - 1)), x0.flip(-1), x0)
         u = (offset + j / self.batch_size) % 1.0
-        eps = noise(self.seed, positions, x0.shape[1:])
+        eps = noise(self.seed, positions, state_shape(x0, self.variables))
         return Batch(x0, label, eps, torch.from_numpy(u), torch.from_numpy(coins[:, 0].copy()), step)
 
     def _item(self, position: int) -> int:
@@ -154,9 +157,16 @@ class HeldOutBatches:
     """
 
     def __init__(
-        self, dataset: Dataset[tuple[Tensor, int]], batch_size: int, seed: int, *, rank: int = 0, world: int = 1
+        self,
+        dataset: Dataset[tuple[Tensor, int]],
+        batch_size: int,
+        seed: int,
+        *,
+        rank: int = 0,
+        world: int = 1,
+        variables: int = 1,
     ):
-        self.dataset, self.seed, self.batch_size = dataset, seed, batch_size
+        self.dataset, self.seed, self.batch_size, self.variables = dataset, seed, batch_size, variables
         self.index = np.arange(len(dataset))[rank::world]  # type: ignore[arg-type]
 
     def __len__(self) -> int:
@@ -167,12 +177,18 @@ class HeldOutBatches:
             index = self.index[first : first + self.batch_size]
             x0, label = collate([self.dataset[int(i)] for i in index])
             u = torch.from_numpy(((index + 0.5) * 0.6180339887498949) % 1.0)
-            yield Batch(x0, label, noise(self.seed, index, x0.shape[1:]), u, torch.ones(len(index)).double(), 0)
+            eps = noise(self.seed, index, state_shape(x0, self.variables))
+            yield Batch(x0, label, eps, u, torch.ones(len(index)).double(), 0)
 
 
 def collate(items: Sequence[tuple[Tensor, Any]]) -> tuple[Tensor, Tensor]:
     """(x (B, *S), label (B,) int64) of a list of items (x, label)."""
     return torch.stack([x for x, _ in items]), torch.tensor([int(label) for _, label in items])
+
+
+def state_shape(x0: Tensor, variables: int) -> tuple[int, ...]:
+    """The shape (k C, *rest) of a state of k variables of the data's shape, stacked on the channels."""
+    return (variables * x0.shape[1], *x0.shape[2:])
 
 
 def noise(seed: int, keys: Sequence[int] | np.ndarray, shape: Sequence[int]) -> Tensor:

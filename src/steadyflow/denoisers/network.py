@@ -34,6 +34,11 @@ class NetworkDenoiser(Denoiser):
 
     def __init__(self, network: nn.Module, path: GaussianPath):
         super().__init__()
+        if not isinstance(path, GaussianPath):
+            raise ValueError(
+                f"this prediction is of a Gaussian path, not of {type(path).__name__}; on a linear diffusion set "
+                "prediction=noise"
+            )
         self.network, self.path = network, path
 
     @abstractmethod
@@ -43,6 +48,11 @@ class NetworkDenoiser(Denoiser):
     @abstractmethod
     def target(self, x0: Tensor, eps: Tensor, t: Tensor) -> Tensor:
         """What the network should return for x_t = alpha x0 + sigma eps at time t (B,): the regression target."""
+
+    def noised(self, x0: Tensor, eps: Tensor, t: Tensor) -> Tensor:
+        """x_t = alpha(t) x0 + sigma(t) eps, t (B,)."""
+        alpha, sigma = self.path(t)
+        return expand(alpha, x0) * x0 + expand(sigma, x0) * eps
 
     def inputs(self, x: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
         """The state and the time as the network takes them; a preconditioned network scales them."""

@@ -14,6 +14,7 @@ from steadyflow.callbacks.progress import StepProgress
 from steadyflow.callbacks.results import SampleResults, close
 from steadyflow.callbacks.samples import SampleFiles, SampleWriter
 from steadyflow.checkpoints import Checkpoint
+from steadyflow.diffusions import LinearDiffusion
 from steadyflow.jobs import record
 from steadyflow.modules.sampling import Sampling, class_labels
 from steadyflow.noise import STREAM
@@ -48,6 +49,11 @@ def run(cfg: DictConfig) -> dict[str, Any]:
     index = torch.arange(cfg.num_samples)
     label = class_labels(cfg.label, index, checkpoint.num_classes, cfg.seed)
     own = "path" not in cfg.sampler or cfg.sampler.path is not None
+    if own and isinstance(checkpoint.path, LinearDiffusion):
+        raise ValueError(
+            f"checkpoint {checkpoint.name} is of {type(checkpoint.path).__name__}, a linear diffusion, and sampled on "
+            "it alone; choose sampler=gddim, ancestral, euler_maruyama or linear_rk45, with sampler.path=null"
+        )
     sampler = instantiate(cfg.sampler, **({} if own else {"path": checkpoint.path}))
     files = SampleFiles(directory, cfg.format, vector=len(checkpoint.shape) == 1)
     module = Sampling(

@@ -14,8 +14,9 @@ from torch import nn
 
 from steadyflow import checkpoints
 from steadyflow.callbacks.last_checkpoint import AtomicCheckpointIO, LastCheckpoint
-from steadyflow.denoisers import NetworkDenoiser
+from steadyflow.diffusions import LinearDiffusion
 from steadyflow.jobs import record
+from steadyflow.modules.losses import Trainable
 from steadyflow.modules.training import DenoiserTraining, TrainingData, learning_rate
 
 
@@ -61,6 +62,7 @@ def run(cfg: DictConfig) -> dict[str, Any]:
         seed=cfg.seed,
         workers=cfg.workers,
         flip=cfg.flip,
+        variables=denoiser.path.variables if isinstance(denoiser.path, LinearDiffusion) else 1,
     )
     last = directory / "checkpoints" / "last.ckpt"
     keeper = LastCheckpoint(last, cfg.save_every)
@@ -111,7 +113,7 @@ def run(cfg: DictConfig) -> dict[str, Any]:
     return metrics
 
 
-def build(cfg: DictConfig, dataset: Any) -> NetworkDenoiser:
+def build(cfg: DictConfig, dataset: Any) -> Trainable:
     """The untrained network in its wrapper, tried on one sample of zeros.
 
     Raises:
@@ -124,14 +126,18 @@ def build(cfg: DictConfig, dataset: Any) -> NetworkDenoiser:
             f"the network has {num_classes} classes and the dataset {dataset.name} {dataset.num_classes}; set "
             f"network.num_classes={dataset.num_classes}, or 0 for an unconditional network"
         )
-    denoiser: NetworkDenoiser = instantiate(cfg.prediction, network=network, path=instantiate(cfg.path))
+    denoiser: Trainable = instantiate(cfg.prediction, network=network, path=instantiate(cfg.path))
     x, t = torch.zeros(1, *dataset.shape), torch.full((1,), 0.5, dtype=torch.float64)
+    x = denoiser.path.lift(x) if isinstance(denoiser.path, LinearDiffusion) else x
     condition = {"label": torch.zeros(1, dtype=torch.int64)} if num_classes else {}
     try:
         with torch.no_grad():
             denoiser.eval().output(x, t, **condition)
     except (ValueError, RuntimeError) as error:
-        raise ValueError(f"the network does not take the dataset's shape {tuple(dataset.shape)}: {error}") from error
+        hint = f", as a state of shape {tuple(x.shape[1:])}" if x.shape[1:] != torch.Size(dataset.shape) else ""
+        raise ValueError(
+            f"the network does not take the dataset's shape {tuple(dataset.shape)}{hint}: {error}"
+        ) from error
     denoiser.train()
     return denoiser
 
@@ -146,7 +152,7 @@ def saved_step(last: Path) -> int:
     return int(torch.load(last, map_location="cpu", weights_only=True)["global_step"]) if last.exists() else 0
 
 
-def export(directory: Path, cfg: DictConfig, denoiser: NetworkDenoiser, dataset: Any, metrics: dict[str, Any]) -> None:
+def export(directory: Path, cfg: DictConfig, denoiser: Trainable, dataset: Any, metrics: dict[str, Any]) -> None:
     """Writes model/: the weights, what rebuilds the denoiser, and the card."""
     if cfg.channels_last:
         denoiser.network.to(memory_format=torch.contiguous_format)  # type: ignore[call-overload]

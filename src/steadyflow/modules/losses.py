@@ -6,24 +6,29 @@ from abc import ABC, abstractmethod
 import torch
 from torch import Tensor
 
-from steadyflow.denoisers import NetworkDenoiser
-from steadyflow.paths import GaussianPath, expand
+from steadyflow.denoisers import NetworkDenoiser, NetworkNoise
+from steadyflow.paths import GaussianPath
+
+Trainable = NetworkDenoiser | NetworkNoise
 
 
 def denoising_loss(
-    denoiser: NetworkDenoiser, x0: Tensor, eps: Tensor, t: Tensor, weight: "Weight", **condition: Tensor
+    denoiser: Trainable, x0: Tensor, eps: Tensor, t: Tensor, weight: "Weight", **condition: Tensor
 ) -> Tensor:
     """w(t) mean |network(x_t, t) - target|^2 of each sample, (B,) float32, x_t = alpha(t) x0 + sigma(t) eps.
+
+    On a linear diffusion u_t = Psi(t, 0) lift(x0) + K_t eps, the target eps (thesis Eq. 7.5), for CLD with v_0
+    integrated out (hybrid score matching, Dockhorn et al. 2022, Eq. 8).
 
     The mean runs over the entries of a sample. The network may run in lower precision; the error is taken in float32
     (float64 for float64 data). With a velocity prediction on conditional OT and weight 1 this is flow matching (Lipman
     et al. 2023, Eq. 23); with an eps prediction on VP, DDPM's simple loss (Ho et al. 2020, Eq. 14).
 
     Args:
-        x0, eps: (B, *S). t: (B,) float64, path time. condition: what the network is conditioned on.
+        x0: (B, *S). eps: of the state, (B, *S) or (B, k C, *rest). t: (B,) float64, path time.
+        condition: what the network is conditioned on.
     """
-    alpha, sigma = denoiser.path(t)
-    x = expand(alpha, x0) * x0 + expand(sigma, x0) * eps
+    x = denoiser.noised(x0, eps, t)
     error = denoiser.output(x, t, **condition).to(x0.dtype) - denoiser.target(x0, eps, t)
     return weight(denoiser, t).to(x0.device, x0.dtype) * error.square().flatten(1).mean(1)
 
@@ -84,14 +89,14 @@ class Weight(ABC):
     """The weight w(t) of the squared error of the network's own output."""
 
     @abstractmethod
-    def __call__(self, denoiser: NetworkDenoiser, t: Tensor) -> Tensor:
+    def __call__(self, denoiser: Trainable, t: Tensor) -> Tensor:
         """w (B,) float64 at times t (B,)."""
 
 
 class Constant(Weight):
     """w = 1 on whatever the network predicts: eps-, x0-, v- or velocity-loss, and EDM's loss for an EDM prediction."""
 
-    def __call__(self, denoiser: NetworkDenoiser, t: Tensor) -> Tensor:
+    def __call__(self, denoiser: Trainable, t: Tensor) -> Tensor:
         return torch.ones_like(t, dtype=torch.float64)
 
 
@@ -105,7 +110,11 @@ class X0Weight(Weight):
     predicted: end the times before t = 1 on a path whose alpha(1) = 0.
     """
 
-    def __call__(self, denoiser: NetworkDenoiser, t: Tensor) -> Tensor:
+    def __call__(self, denoiser: Trainable, t: Tensor) -> Tensor:
+        if not isinstance(denoiser, NetworkDenoiser):
+            raise ValueError(
+                f"{type(self).__name__} weighs the error of x_0; on a linear diffusion set weight=constant"
+            )
         t = t.double()
         one, zero = torch.ones_like(t).unsqueeze(1), torch.zeros_like(t).unsqueeze(1)
         slope = denoiser.to_x0(one, zero, t) - denoiser.to_x0(zero, zero, t)

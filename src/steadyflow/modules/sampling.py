@@ -10,7 +10,8 @@ from torch import Tensor
 
 from steadyflow.data.batches import philox
 from steadyflow.data.images import to_uint8
-from steadyflow.denoisers import CountedDenoiser, Denoiser
+from steadyflow.denoisers import CountedDenoiser, Denoiser, NoiseModel
+from steadyflow.diffusions import LinearDiffusion
 from steadyflow.guidance import ClassifierFree
 from steadyflow.noise import NoiseSource
 from steadyflow.samplers.sampler import Progress, Sampler
@@ -90,7 +91,7 @@ class Sampling(L.LightningModule):
     of work.
 
     Args:
-        denoiser: of the checkpoint.
+        denoiser: of the checkpoint, or its noise model.
         sampler: turns noise into samples. Its state is float32 (float64 for a float64 network) in any precision of the
             trainer: autocast and half precision reach the network alone.
         shape: S of one sample: (C, H, W) or (D,).
@@ -114,7 +115,7 @@ class Sampling(L.LightningModule):
 
     def __init__(
         self,
-        denoiser: Denoiser,
+        denoiser: Denoiser | NoiseModel,
         sampler: Sampler,
         shape: Sequence[int],
         seed: int,
@@ -134,7 +135,7 @@ class Sampling(L.LightningModule):
                 f"guidance_scale={guidance_scale} guides towards a class, and there is none; set label=balanced on a "
                 "checkpoint with classes, or guidance_scale=1"
             )
-        self.denoiser = CountedDenoiser(denoiser)
+        self.denoiser, self.path = CountedDenoiser(denoiser), getattr(denoiser, "path", None)
         self.guided = (
             self.denoiser if guidance_scale == 1 else ClassifierFree(self.denoiser, guidance_scale, num_classes)
         )
@@ -182,8 +183,11 @@ class Sampling(L.LightningModule):
         full = min(self.index.numel() // (self.batch_size * world), 2)
         if batch_idx > 0 or full > 1:
             return batch_idx > 0
-        rows, half = self.denoiser.rows, torch.tensor(0.5, dtype=torch.float64)
+        rows, half, path = self.denoiser.rows, torch.tensor(0.5, dtype=torch.float64), self.path
         with torch.no_grad():
-            self.guided(noise(0), half, half, **condition)
+            if isinstance(path, LinearDiffusion):
+                self.guided(path.lift(noise(0)), half, **condition)
+            else:
+                self.guided(noise(0), half, half, **condition)
         self.denoiser.rows = rows
         return True

@@ -3,7 +3,7 @@
 import math
 from collections.abc import Callable, Iterator
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 import lightning as L
 import numpy as np
@@ -14,8 +14,8 @@ from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import Dataset
 
 from steadyflow.data.batches import Batch, HeldOutBatches, TrainingBatches
-from steadyflow.denoisers import NetworkDenoiser
-from steadyflow.modules.losses import Times, Weight, denoising_loss
+from steadyflow.modules.losses import Times, Trainable, Weight, denoising_loss
+from steadyflow.paths import GaussianPath
 
 
 class DenoiserTraining(L.LightningModule):
@@ -43,7 +43,7 @@ class DenoiserTraining(L.LightningModule):
 
     def __init__(
         self,
-        denoiser: NetworkDenoiser,
+        denoiser: Trainable,
         times: Times,
         weight: Weight,
         optimizer: Callable[[Iterator[nn.Parameter]], Optimizer],
@@ -88,7 +88,9 @@ class DenoiserTraining(L.LightningModule):
         condition = {}
         if self.num_classes:
             condition["label"] = torch.where(batch.drop < self.label_dropout, self.num_classes, batch.label)
-        t = self.times(self.denoiser.path, batch.u)
+        t = self.times(
+            cast(GaussianPath, self.denoiser.path), batch.u
+        )  # a linear diffusion refuses rules in sigma / alpha
         return denoising_loss(self.denoiser, x0, batch.eps, t, self.weight, **condition).mean()
 
     def check_finite(self) -> None:
@@ -129,8 +131,10 @@ class TrainingData(L.LightningDataModule):
         seed: int = 0,
         workers: int = 0,
         flip: bool = False,
+        variables: int = 1,
     ):
         super().__init__()
+        self.variables = variables
         self.train, self.held_out, self.batch_size, self.steps = train, held_out, batch_size, steps
         self.seed, self.workers, self.flip = seed, workers, flip
 
@@ -147,6 +151,7 @@ class TrainingData(L.LightningDataModule):
             world=trainer.world_size,
             workers=self.workers,
             flip=self.flip,
+            variables=self.variables,
             pin=trainer.strategy.root_device.type == "cuda",
         )
 
@@ -155,7 +160,8 @@ class TrainingData(L.LightningDataModule):
         assert trainer is not None
         assert self.held_out is not None
         size = max(1, self.batch_size // (trainer.world_size * trainer.accumulate_grad_batches))
-        return HeldOutBatches(self.held_out, size, self.seed, rank=trainer.global_rank, world=trainer.world_size)
+        rank, world = trainer.global_rank, trainer.world_size
+        return HeldOutBatches(self.held_out, size, self.seed, rank=rank, world=world, variables=self.variables)
 
 
 def learning_rate(steps: int, warm: int = 0, decay: str | None = None) -> Callable[[int], float]:

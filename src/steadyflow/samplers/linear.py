@@ -60,7 +60,7 @@ class LinearSampler(Sampler):
     ):
         self.path = path
         self.diffusion = Isotropic(path) if isinstance(path, GaussianPath) else path
-        self.times = time_grid(path, grid, steps)
+        self.times = time_grid(path, grid, steps, linear=True)
 
     @property
     def steps(self) -> int:

@@ -69,11 +69,6 @@ class OneStepSampler(Sampler):
     stochastic = False  # whether `update` uses its noise z
 
     def __init__(self, path: GaussianPath, grid: Grid | Tensor | Sequence[float], steps: int | None = None):
-        if isinstance(path, LinearDiffusion):
-            raise ValueError(
-                f"{type(self).__name__} samples Gaussian paths, not {type(path).__name__}; choose sampler=gddim, "
-                "ancestral, euler_maruyama or linear_rk45"
-            )
         self.path = path
         self.times = time_grid(path, grid, steps)
 
@@ -131,8 +126,21 @@ def check_finite(sums: list[Tensor], times: Tensor) -> None:
         )
 
 
-def time_grid(path: GaussianPath | LinearDiffusion, grid: Grid | Tensor | Sequence[float], steps: int | None) -> Tensor:
-    """The times (N + 1,) in float64 of a grid rule, or of a list of times, checked to fall within [0, 1]."""
+def time_grid(
+    path: GaussianPath | LinearDiffusion,
+    grid: Grid | Tensor | Sequence[float],
+    steps: int | None,
+    linear: bool = False,
+) -> Tensor:
+    """The times (N + 1,) in float64 of a grid rule, or of a list of times, checked to fall within [0, 1].
+
+    linear: whether the sampler takes linear diffusions.
+    """
+    if isinstance(path, LinearDiffusion) and not linear:
+        raise ValueError(
+            f"this sampler is of Gaussian paths, not of {type(path).__name__}; choose sampler=gddim, ancestral, "
+            "euler_maruyama or linear_rk45"
+        )
     if isinstance(grid, Grid):
         if steps is None or steps < 1:
             raise ValueError(f"steps must be a positive integer, got {steps}; set steps (sampler.steps=20)")
