@@ -123,15 +123,17 @@ def _build(config: Mapping[str, Any], where: str, trusted: Collection[str] | Non
     with torch.random.fork_rng(devices=[]):  # initial weights are drawn, and nobody should notice
         network = build(config["network"], f"{where}: network", trusted)
         path = build(config["path"], f"{where}: path", trusted)
+        _check_kind(network, config, "network", where, nn.Module)
+        _check_kind(path, config, "path", where, GaussianPath, LinearDiffusion)
         denoiser = build(config["denoiser"], f"{where}: denoiser", trusted, network=network, path=path)
-    for key, value, kind in (
-        ("network", network, nn.Module),
-        ("path", path, GaussianPath | LinearDiffusion),
-        ("denoiser", denoiser, Model),
-    ):
-        if not isinstance(value, kind):
-            raise ValueError(f"{where}: {key}: {config[key]['_target_']} is no {getattr(kind, '__name__', kind)}")
+        _check_kind(denoiser, config, "denoiser", where, NetworkDenoiser, NetworkNoise)
     return cast(Model, denoiser)
+
+
+def _check_kind(value: object, config: Mapping[str, Any], key: str, where: str, *kinds: type) -> None:
+    if not isinstance(value, kinds):
+        wanted = " or ".join(kind.__name__ for kind in kinds)
+        raise ValueError(f"{where}: {key}: {config[key]['_target_']} is no {wanted}")
 
 
 def _read_config(file: Path) -> dict[str, Any]:
