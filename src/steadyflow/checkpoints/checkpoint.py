@@ -24,7 +24,7 @@ class Checkpoint:
 
     Attributes:
         name: what to call it: the embedded name, or the directory it came from.
-        denoiser: in eval mode; of a linear diffusion a noise model.
+        model: in eval mode, a denoiser; of a linear diffusion a noise model.
         path: the path it was trained on, and is sampled on unless the sampler names another.
         shape: S of one sample, (C, H, W) or (D,).
         num_classes: 0 without labels; else label num_classes is the null label.
@@ -33,12 +33,26 @@ class Checkpoint:
     """
 
     name: str
-    denoiser: Denoiser | NoiseModel
+    model: Denoiser | NoiseModel
     path: GaussianPath | LinearDiffusion
     shape: tuple[int, ...]
     num_classes: int
     sha256: str
     card: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def denoiser(self) -> Denoiser:
+        """The model where it is a denoiser.
+
+        Raises:
+            ValueError: it is one of a linear diffusion.
+        """
+        if not isinstance(self.model, Denoiser):
+            raise ValueError(
+                f"checkpoint {self.name} is of {type(self.path).__name__}, a linear diffusion, and has no denoiser "
+                "D(x, alpha, sigma); it can be sampled: steadyflow sample sampler=gddim"
+            )
+        return self.model
 
     def check(self, shape: Sequence[int], dataset: str) -> None:
         """That this checkpoint makes samples of a dataset's shape.

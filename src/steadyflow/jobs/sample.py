@@ -57,7 +57,7 @@ def run(cfg: DictConfig) -> dict[str, Any]:
     sampler = instantiate(cfg.sampler, **({} if own else {"path": checkpoint.path}))
     files = SampleFiles(directory, cfg.format, vector=len(checkpoint.shape) == 1)
     module = Sampling(
-        checkpoint.denoiser,
+        checkpoint.model,
         sampler,
         checkpoint.shape,
         cfg.seed,
