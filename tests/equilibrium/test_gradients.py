@@ -100,7 +100,11 @@ def test_gradcheck_of_the_exact_gradients(gradient: Gradient) -> None:
     assert torch.autograd.gradcheck(run, (weight, x), eps=1e-6, atol=1e-7)
 
 
-@pytest.mark.parametrize("gradient", [Phantom(0.6, 4), Phantom(1.0, 2), OneStep(), OneStep(0.1)], ids=str)
+@pytest.mark.parametrize(
+    "gradient",
+    [Phantom(0.6, 4), Phantom(1.0, 2), OneStep(), OneStep(0.1)],
+    ids=["phantom-4", "phantom-2", "one-step", "one-step-0.1"],
+)
 def test_phantom_is_its_truncated_series(gradient: Phantom) -> None:
     """u = tau sum_i ((1 - tau) I + tau J^T)^i dL/dz, from the Jacobian itself."""
     cell = Cell()
