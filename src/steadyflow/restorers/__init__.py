@@ -1,7 +1,23 @@
 """Restorers: images from incomplete, noisy measurements of them, by calling a denoiser. One class a method."""
 
 from steadyflow.restorers.c_pigdm import CPiGDM, CPiGFM
+from steadyflow.restorers.diffpir import DiffPIR
+from steadyflow.restorers.gradients import DPS, PiGDM
 from steadyflow.restorers.guided import GuidedSampler
+from steadyflow.restorers.red_diff import REDDiff
 from steadyflow.restorers.restorer import Measurement, Restorer
+from steadyflow.restorers.svd import DDNM, DDRM
 
-__all__ = ["CPiGDM", "CPiGFM", "GuidedSampler", "Measurement", "Restorer"]
+__all__ = [
+    "DDNM",
+    "DDRM",
+    "DPS",
+    "CPiGDM",
+    "CPiGFM",
+    "DiffPIR",
+    "GuidedSampler",
+    "Measurement",
+    "PiGDM",
+    "REDDiff",
+    "Restorer",
+]

@@ -1,0 +1,104 @@
+"""PiGDM and DPS in the loops they were published with: DDIM's step, and a gradient beside it."""
+
+from collections.abc import Sequence
+
+from torch import Tensor
+
+from steadyflow.denoisers import Denoiser, denoise_and_pull
+from steadyflow.grids import Grid
+from steadyflow.paths import GaussianPath
+from steadyflow.restorers.restorer import Measurement
+from steadyflow.restorers.stepwise import StepwiseRestorer, ancestral, level, require_share
+
+
+class PiGDM(StepwiseRestorer):
+    """x_s = DDIM(D, x_t, eta) + w alpha_t r^2 J^T A^T (r^2 A A^T + sigma_y^2 I)^-1 (y - A D)
+
+    with r^2 = sigma_t^2 / (alpha_t^2 + sigma_t^2), J = dD/dx, and A^+ y - A^+ A D after J^T without noise: the
+    published algorithm, whose guidance stands beside the step, of the same size however small the step
+    (`guidance.PiGDM` puts it into the denoiser). Source: Song et al. 2023 (PiGDM), Algorithm 1.
+
+    Args:
+        path, grid, steps, init: see StepwiseRestorer. One evaluation and one vector-Jacobian product a step.
+        weight: w; 1 in the source.
+        eta: DDIM's; 1 in the source.
+
+    Raises:
+        ValueError: w <= 0; eta outside [0, 1].
+    """
+
+    def __init__(
+        self,
+        path: GaussianPath,
+        grid: Grid | Tensor | Sequence[float],
+        steps: int | None = None,
+        weight: float = 1.0,
+        eta: float = 1.0,
+        init: str = "noise",
+    ):
+        super().__init__(path, grid, steps, init)
+        if not 0 < weight < float("inf"):
+            raise ValueError(f"the guidance weight must be positive, got {weight}")
+        self.weight, self.eta = float(weight), require_share("eta", eta)
+
+    def update(
+        self,
+        denoiser: Denoiser,
+        x: Tensor,
+        t: Tensor,
+        s: Tensor,
+        z: Tensor,
+        measurement: Measurement,
+        **condition: Tensor,
+    ) -> Tensor:
+        alpha, sigma = self.path(t)
+        x0, pull = denoise_and_pull(denoiser, x, alpha, sigma, **condition)
+        guidance = pull(measurement.correction(x0, sigma**2 / (alpha**2 + sigma**2)))
+        x = ancestral(x, x0, level(self.path, t), level(self.path, s), self.eta, z)
+        return x.add_(guidance, alpha=self.weight * alpha.item())
+
+
+class DPS(StepwiseRestorer):
+    """x_s = DDIM(D, x_t, eta) - zeta d|y - A D| / dx_t
+
+    with the norm of each sample, so that a batch of N equals N batches of one; A need only have a gradient. The size of
+    the guidance does not depend on that of the step: zeta belongs to a number of steps (1000 in the source).
+    (The source's Algorithm 1 has |.|^2 and zeta / |.|, twice as much.) Source: Chung et al. 2023 (DPS), Algorithm 1.
+
+    Args:
+        path, grid, steps, init: see StepwiseRestorer. One evaluation and one vector-Jacobian product a step.
+        scale: zeta.
+        eta: DDIM's; 1, ancestral sampling, in the source.
+
+    Raises:
+        ValueError: zeta <= 0; eta outside [0, 1].
+    """
+
+    def __init__(
+        self,
+        path: GaussianPath,
+        grid: Grid | Tensor | Sequence[float],
+        steps: int | None = None,
+        scale: float = 1.0,
+        eta: float = 1.0,
+        init: str = "noise",
+    ):
+        super().__init__(path, grid, steps, init)
+        if not 0 < scale < float("inf"):
+            raise ValueError(f"the step size of the guidance must be positive, got {scale}")
+        self.scale, self.eta = float(scale), require_share("eta", eta)
+
+    def update(
+        self,
+        denoiser: Denoiser,
+        x: Tensor,
+        t: Tensor,
+        s: Tensor,
+        z: Tensor,
+        measurement: Measurement,
+        **condition: Tensor,
+    ) -> Tensor:
+        x0, pull = denoise_and_pull(denoiser, x, *self.path(t), **condition)
+        guidance = pull(measurement.misfit(x0)[1])
+        x = ancestral(x, x0, level(self.path, t), level(self.path, s), self.eta, z)
+        return x.sub_(guidance, alpha=self.scale)
