@@ -67,8 +67,16 @@ def test_a_pigdm_step_is_ddim_and_a_gradient(measured: Callable[..., Measurement
     (score,) = torch.autograd.grad(law.log_prob(given.y).sum(), x, retain_graph=True)
     std = eta * ((1 - alpha_s**2) / (1 - alpha**2) * (1 - alpha**2 / alpha_s**2)).sqrt()  # Song et al. 2021, Eq. 16
     eps = (x - alpha * x0) / sigma
-    expected = alpha_s * x0 + (sigma_s**2 - std**2).sqrt() * eps + std * z + 0.5 * alpha * r2 * score
+    expected = alpha_s * x0 + (sigma_s**2 - std**2).sqrt() * eps + std * z + 0.5 * alpha_s * alpha * r2 * score
     torch.testing.assert_close(found, expected.detach(), rtol=1e-9, atol=1e-9)
+
+
+def test_pigdm_is_stable_where_the_prior_is_broad_and_alpha_small() -> None:
+    shape, mask = (1, 4, 4), (torch.arange(16).reshape(4, 4) % 2).double()
+    y = mask.float() * 10 * torch.randn(1, *shape, generator=torch.Generator().manual_seed(1))
+    given, noise = Measurement(y, Inpainting(shape, mask)), NoiseSource(0, [0], shape)
+    found = PiGDM(VP, Uniform(), 60)(Gaussian(torch.zeros(shape), 100.0), given, noise)
+    torch.testing.assert_close(mask * found, y.double(), rtol=0, atol=0.1, check_dtype=False)
 
 
 def test_a_dps_step_is_ddim_and_the_gradient_of_each_norm(measured: Callable[..., Measurement]) -> None:

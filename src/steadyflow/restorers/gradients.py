@@ -12,11 +12,13 @@ from steadyflow.restorers.stepwise import StepwiseRestorer, ancestral, level, re
 
 
 class PiGDM(StepwiseRestorer):
-    """x_s = DDIM(D, x_t, eta) + w alpha_t r^2 J^T A^T (r^2 A A^T + sigma_y^2 I)^-1 (y - A D)
+    """x_s = DDIM(D, x_t, eta) + w alpha_s alpha_t r^2 J^T A^T (r^2 A A^T + sigma_y^2 I)^-1 (y - A D)
 
-    with r^2 = sigma_t^2 / (alpha_t^2 + sigma_t^2), J = dD/dx, and A^+ y - A^+ A D after J^T without noise: the
-    published algorithm, whose guidance stands beside the step, of the same size however small the step
-    (`guidance.PiGDM` puts it into the denoiser). Source: Song et al. 2023 (PiGDM), Algorithm 1.
+    with r^2 = sigma_t^2 / (alpha_t^2 + sigma_t^2), J = dD/dx, and A^+ y - A^+ A D after J^T without noise. The guidance
+    moves D but not eps, and is of the same size however small the step (`guidance.PiGDM` puts it into the denoiser).
+    It moves D, therefore alpha_s: added to x_s with alpha_t alone, it multiplies what was measured of a prior of
+    variance c by 1 - (alpha_t^2 c / (alpha_t^2 c + sigma_t^2))^2 / alpha_t or so a step, and diverges where alpha_t is
+    small and c is not. Source: Song et al. 2023 (PiGDM), Algorithm 1.
 
     Args:
         path, grid, steps, init: see StepwiseRestorer. One evaluation and one vector-Jacobian product a step.
@@ -54,8 +56,9 @@ class PiGDM(StepwiseRestorer):
         alpha, sigma = self.path(t)
         x0, pull = denoise_and_pull(denoiser, x, alpha, sigma, **condition)
         guidance = pull(measurement.correction(x0, sigma**2 / (alpha**2 + sigma**2)))
-        x = ancestral(x, x0, level(self.path, t), level(self.path, s), self.eta, z)
-        return x.add_(guidance, alpha=self.weight * alpha.item())
+        after = level(self.path, s)
+        x = ancestral(x, x0, level(self.path, t), after, self.eta, z)
+        return x.add_(guidance, alpha=self.weight * alpha.item() * after[0])
 
 
 class DPS(StepwiseRestorer):
