@@ -1,4 +1,4 @@
-"""Methods with a loop of their own: PiGDM, DPS, DDNM, DDRM, RED-diff, DiffPIR."""
+"""Methods with a loop of their own: PiGDM, DPS, DDNM, DDRM, RED-diff, DiffPIR, FlowDPS."""
 
 from collections.abc import Callable
 from functools import partial
@@ -12,7 +12,7 @@ from steadyflow.grids import Uniform
 from steadyflow.linear import Blur, Clip, Inpainting
 from steadyflow.noise import NoiseSource
 from steadyflow.paths import ConditionalOT, VariancePreserving
-from steadyflow.restorers import DDNM, DDRM, DPS, DiffPIR, Measurement, PiGDM, REDDiff, Restorer
+from steadyflow.restorers import DDNM, DDRM, DPS, DiffPIR, FlowDPS, Measurement, PiGDM, REDDiff, Restorer
 
 VP, OT = VariancePreserving(), ConditionalOT()
 SHAPE = (1, 2, 3)
@@ -144,6 +144,23 @@ def test_a_diffpir_step_solves_its_least_squares(measured: Callable[..., Measure
     torch.testing.assert_close(gradient, torch.zeros_like(gradient), rtol=0, atol=1e-9)
 
 
+def test_a_flow_dps_step_moves_the_clean_end_along_the_flow(measured: Callable[..., Measurement]) -> None:
+    """Written with the velocity: the clean end x - t v, the noisy end x + (1 - t) v, and two gradients by autograd."""
+    given, network, z, t, s = measured(0.1), Wavy(), _random(3, *SHAPE, seed=3), 0.7, 0.4
+    found = FlowDPS(OT, [t, s], scale=0.05, descents=2, init="pinv")(network, given, fixed(z))
+    x = (1 - t) * given.operator.pinv(given.y) + t * z
+    velocity = (x - network(x, *OT(t))) / t
+    clean, noisy = x - t * velocity, x + (1 - t) * velocity
+    moved = clean
+    for _ in range(2):
+        moved = moved.detach().requires_grad_()
+        (slope,) = torch.autograd.grad((given.y - given.operator(moved)).square().sum() / 2, moved)
+        moved = moved - 0.05 * slope
+    clean = (1 - t) * clean + t * moved.detach()
+    expected = (1 - s) * clean + s * (s**0.5 * noisy + (1 - s) ** 0.5 * z)
+    torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-10)
+
+
 def test_red_diff_is_adam_on_the_source_s_loss(measured: Callable[..., Measurement]) -> None:
     given, network, times = measured(0.1), Wavy(), [0.9, 0.6, 0.3, 0.1, 0.0]
     noise = NoiseSource(0, range(3), SHAPE, dtype=torch.float64)
@@ -169,6 +186,7 @@ METHODS: dict[str, Callable[[], Restorer]] = {
     "ddrm": lambda: DDRM(VP, Uniform(), 4),
     "red_diff": lambda: REDDiff(VP, Uniform(end=0, zero=False), 4),
     "diffpir": lambda: DiffPIR(VP, Uniform(), 4),
+    "flow_dps": lambda: FlowDPS(OT, Uniform(end=0, zero=False), 4),
 }
 
 
@@ -222,8 +240,12 @@ def test_bad_input_is_said_in_one_line(measured: Callable[..., Measurement]) -> 
         REDDiff(VP, Uniform(), 4, init="noise")
     with pytest.raises(ValueError, match="init is one of noise, y, pinv, nearest, got 'x'"):
         DDNM(VP, Uniform(), 4, init="x")
+    with pytest.raises(ValueError, match=r"FlowDPS needs a path with alpha \+ sigma = 1, not VariancePreserving"):
+        FlowDPS(VP, Uniform(), 4)
+    with pytest.raises(ValueError, match="need scale > 0 and descents >= 1, got 0 and 3"):
+        FlowDPS(OT, Uniform(), 4, scale=0)
     clip = Clip((1, 2, 2))
     bent = Measurement(torch.zeros(1, 1, 2, 2), clip)
-    for name in ("ddrm", "red_diff"):
+    for name in ("ddrm", "red_diff", "flow_dps"):
         with pytest.raises(ValueError, match="Clip is not linear"):
             METHODS[name]()(Gaussian(torch.zeros(1, 2, 2), 1.0), bent, NoiseSource(0, [0], (1, 2, 2)))

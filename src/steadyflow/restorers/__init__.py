@@ -2,6 +2,7 @@
 
 from steadyflow.restorers.c_pigdm import CPiGDM, CPiGFM
 from steadyflow.restorers.diffpir import DiffPIR
+from steadyflow.restorers.flow_dps import FlowDPS
 from steadyflow.restorers.gradients import DPS, PiGDM
 from steadyflow.restorers.guided import GuidedSampler
 from steadyflow.restorers.red_diff import REDDiff
@@ -15,6 +16,7 @@ __all__ = [
     "CPiGDM",
     "CPiGFM",
     "DiffPIR",
+    "FlowDPS",
     "GuidedSampler",
     "Measurement",
     "PiGDM",
