@@ -154,7 +154,7 @@ def test_a_noise_predicting_network_starts_where_there_is_no_signal():
 CONFIGS = Path(__file__).parents[2] / "configs"
 SAMPLERS = sorted(file.stem for file in (CONFIGS / "sampler").glob("*.yaml"))
 GRIDS = sorted(file.stem for file in (CONFIGS / "sampler" / "grid").glob("*.yaml") if file.stem != "saved")
-PATHS = sorted(file.stem for file in (CONFIGS / "path").glob("*.yaml"))
+PATHS = sorted({file.stem for file in (CONFIGS / "path").glob("*.yaml")} - {"bdm", "cld"})  # those of one variable
 
 
 def composed(*overrides):
@@ -178,7 +178,7 @@ def test_every_sampler_config_makes_a_sampler(name):
     assert (out.mean(0) - means.mean(0)).abs().max() < 0.4  # four standard errors
     if sampler.iterations is not None:
         assert counted.rows == cfg.steps * sampler.iterations.sum()
-    elif name != "rk45":
+    elif name not in ("rk45", "linear_rk45"):  # they choose their steps
         calls = {"heun": 2 * cfg.get("steps", 0) - 1, "restart": getattr(sampler, "nfe", None)}
         assert counted.rows / 100 == calls.get(name, cfg.get("steps"))
 
