@@ -22,7 +22,11 @@ RESULTS = {  # what the three works print as results, by table; and how many cel
     "002": "1 2 3 4".split(),
 }
 # what the metrics.json of each job holds besides the metrics chosen
-MADE = {"sample": {"nfe", "seconds_per_image"}, "invert": {"loss", "minutes_per_image", "epochs", "nfe", "psnr"}}
+MADE = {
+    "sample": {"nfe", "seconds_per_image"},
+    "restore": {"nfe", "seconds_per_image", "consistency"},
+    "invert": {"loss", "minutes_per_image", "epochs", "nfe", "psnr"},
+}
 # a few values of each work, looked up in it by hand
 LOOKED_UP = [
     ("deq_ddim_3_1", "LSUN Church T=25", "DEQ-DDIM FID", 13.55),

@@ -26,6 +26,7 @@ class NoiseSource:
         index: the global index of each sample of the batch, B integers, 0 <= index < 2^64.
         shape: the shape S of one sample.
         device, dtype: where and in which precision the noise is returned. It is drawn in float32.
+        stream: the counter's top word, for noise that is none of sampling's, whatever the steps.
 
     Raises:
         ValueError: a seed or an index out of range.
@@ -38,9 +39,10 @@ class NoiseSource:
         shape: Sequence[int],
         device: torch.device | str = "cpu",
         dtype: torch.dtype = torch.float32,
+        stream: int = 0,
     ):
         self.seed, self.index, self.shape = int(seed), [int(i) for i in index], tuple(shape)
-        self.device, self.dtype = torch.device(device), dtype
+        self.device, self.dtype, self.stream = torch.device(device), dtype, stream
         for value in (self.seed, *self.index):
             if not 0 <= value < 2**64:
                 raise ValueError(f"the seed and the sample indices must lie in [0, 2^64), got {value}")
@@ -55,7 +57,7 @@ class NoiseSource:
         size = math.prod(self.shape)
         words = -(-size // 8) * 4  # of 64 bits; the generator makes four at a time
         if step != self._next:
-            start = np.array([step * words // 4, 0, 0, 0], np.uint64)
+            start = np.array([step * words // 4, 0, 0, self.stream], np.uint64)
             self._streams = [
                 np.random.Philox(key=np.array([self.seed, i], np.uint64), counter=start) for i in self.index
             ]

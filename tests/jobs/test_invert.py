@@ -15,7 +15,7 @@ from steadyflow.callbacks.inversions import InversionFiles
 from steadyflow.data import Digits, open_images, to_uint8, write_png_zip, write_shard
 from steadyflow.denoisers import Empirical
 from steadyflow.grids import Quadratic
-from steadyflow.jobs.invert import condition_labels
+from steadyflow.jobs.pictures import condition_labels
 from steadyflow.noise import NoiseSource
 from steadyflow.paths import VariancePreserving
 from steadyflow.samplers import DDIM
@@ -232,7 +232,7 @@ def test_mistakes(tmp_path, capsys, overrides, message):
 def test_mistakes_in_the_choice_of_groups(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(f"{__name__}.BASE", ["checkpoint=analytic", "logger=none"])
     said = mistake(capsys, tmp_path, "dataset=gaussian_mixture")
-    assert "holds vectors (2,); steadyflow invert takes images" in said
+    assert "holds vectors (2,); images are needed" in said
     said = mistake(capsys, tmp_path, "sampler=rk45", "dataset.size=8")
     assert said == "inversion needs a one-step sampler, got RK45; set sampler=ddim"
 

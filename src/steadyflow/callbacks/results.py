@@ -1,6 +1,7 @@
 """The end of a sampling run: the picture, metrics.json, and both in the logger."""
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +10,6 @@ import numpy as np
 import torch
 from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger, WandbLogger
 from PIL import Image
-from torch import Tensor
 
 from steadyflow.callbacks.samples import SampleFiles
 from steadyflow.data.image_writing import whole_file
@@ -29,20 +29,17 @@ class SampleResults(L.Callback):
 
     Args:
         files: the run's samples.
-        columns: of the grid.
-        reference: points (M, D) to draw vector samples over.
+        draw: draws the picture to a file; by default `files.draw`.
         protocol: what to say of the run itself, e.g. its sampler; goes to protocol.nfe and seconds_per_image.
     """
 
     def __init__(
         self,
         files: SampleFiles,
-        columns: int | None = None,
-        reference: Tensor | None = None,
+        draw: Callable[[Path], None] | None = None,
         protocol: dict[str, Any] | None = None,
     ):
-        self.files, self.columns, self.reference = files, columns, reference
-        self.protocol = protocol or {}
+        self.files, self.draw, self.protocol = files, draw or files.draw, protocol or {}
         self.results: dict[str, Any] = {}
 
     def on_predict_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
@@ -56,7 +53,7 @@ class SampleResults(L.Callback):
     def _write(self, trainer: L.Trainer, module: Sampling, sums: list[float]) -> None:
         rows, made, seconds, timed, sweeps = sums
         grid = self.files.directory / "grid.png"
-        self.files.draw(grid, self.columns, self.reference)
+        self.draw(grid)
 
         file = self.files.directory / "metrics.json"
         others = [callback for callback in trainer.callbacks if callback is not self]  # type: ignore[attr-defined]

@@ -2,13 +2,13 @@
 
 import json
 import zipfile
+from collections.abc import Mapping
 from itertools import groupby
 from pathlib import Path
 from typing import Any
 
 import lightning as L
 import numpy as np
-import torch
 from matplotlib.figure import Figure
 from torch import Tensor
 
@@ -20,7 +20,7 @@ FORMATS = ("npz", "png")
 
 
 class SampleFiles:
-    """The folder `samples` of a run: a file a batch, so that what is finished is what is there.
+    """The folder of a run's samples: a file a batch, so that what is finished is what is there.
 
     Images go to npz shards (`images` uint8 (n, H, W, C), `index` int64, `label` int64 where there are labels) or, as
     `png`, to zips of <index>.png, joined at the end into one `images.zip` with the labels in its `dataset.json`.
@@ -30,15 +30,16 @@ class SampleFiles:
         directory: of the run.
         format: npz or png.
         vector: whether the samples are vectors, which have no png.
+        name: of the folder.
 
     Raises:
         ValueError: an unknown format, or png for vectors.
     """
 
-    def __init__(self, directory: Path, format: str = "npz", vector: bool = False):
+    def __init__(self, directory: Path, format: str = "npz", vector: bool = False, name: str = "samples"):
         if format not in FORMATS or (vector and format == "png"):
             raise ValueError(f"format must be {'npz for vectors' if vector else 'npz or png'}, got {format!r}")
-        self.directory, self.folder, self.format, self.vector = directory, directory / "samples", format, vector
+        self.directory, self.folder, self.format, self.vector = directory, directory / name, format, vector
 
     def tidy(self) -> None:
         """Removes what a killed process left: temporary files, and the parts of a zip that is whole already."""
@@ -89,16 +90,9 @@ class SampleFiles:
     def first_images(self, count: int) -> Tensor:
         """The images of the `count` lowest numbers, (count, C, H, W) uint8 in the order of their numbers."""
         files = open_images(self.folder)
-        wanted = np.sort(files.index)[:count]
-        found: dict[int, np.ndarray] = {}
-        for part in files.parts:
-            rows = np.flatnonzero(np.isin(part.index, wanted))
-            if len(rows):
-                images = part.reader(files.channels)(rows)
-                found |= {int(i): image for i, image in zip(part.index[rows], images, strict=True)}
-        return torch.from_numpy(np.stack([found[int(i)] for i in wanted]).transpose(0, 3, 1, 2).copy())
+        return files.read(np.sort(files.index)[:count])
 
-    def join(self, label: Tensor | None) -> None:
+    def join(self, label: Tensor | Mapping[int, int] | None) -> None:
         """Joins the zips of a finished run into images.zip; sample i has label[i]."""
         whole, parts = self.folder / "images.zip", self._parts()
         if self.format != "png" or not parts:
@@ -145,10 +139,10 @@ class SampleWriter(L.Callback):
 
     Args:
         files: where to.
-        label: (N,) the class of every sample of the run, or None; for the zip of png.
+        label: label[i] is the class of sample i, for the zip of png; None: there are no classes.
     """
 
-    def __init__(self, files: SampleFiles, label: Tensor | None = None):
+    def __init__(self, files: SampleFiles, label: Tensor | Mapping[int, int] | None = None):
         self.files, self.label = files, label
 
     def on_predict_batch_end(

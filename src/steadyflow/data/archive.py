@@ -15,16 +15,17 @@ SINGLE_CHANNEL = ("1", "L", "LA")  # Pillow's modes of 8-bit grey images
 
 
 class ImageArchive:
-    """The image files (png, jpg, webp, bmp) of a folder, searched recursively, or of a zip; sorted by name.
+    """The image files (png, jpg, webp, bmp) of a folder, searched recursively, or of a zip, by name; or one such file.
 
     Hidden files and files of other kinds are passed over; a file that is named like an image and is none, or holds more
     than 8 bits a channel, is refused by name. A zip is opened once in each process, so an archive can be handed to the
     workers of a data loader.
 
     Args:
-        path: the folder or zip.
+        path: the folder, zip or picture.
 
-    Attributes: `path`, and `names`, each file's path inside the archive with forward slashes.
+    Attributes: `path`, of a picture its folder's, and `names`, each file's path inside the archive with forward
+    slashes.
 
     Raises:
         FileNotFoundError: no such folder or zip, or no image in it.
@@ -32,11 +33,15 @@ class ImageArchive:
     """
 
     def __init__(self, path: str | os.PathLike[str]):
-        self.path = Path(path).expanduser()
+        path = Path(path).expanduser()
+        picture = path.is_file() and path.suffix.lower() in SUFFIXES
+        self.path = path.parent if picture else path
         self.zipped = self.path.is_file()
         self._zip: zipfile.ZipFile | None = None
         self._owner = 0  # the process that opened it
-        if self.path.is_dir():
+        if picture:
+            found = [path.name]
+        elif self.path.is_dir():
             found = [file.relative_to(self.path).as_posix() for file in self.path.rglob("*") if file.is_file()]
         elif self.zipped:
             found = [entry.filename for entry in self._opened().infolist() if not entry.is_dir()]

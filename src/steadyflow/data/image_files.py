@@ -3,6 +3,7 @@
 import os
 import zipfile
 from collections.abc import Callable, Iterator, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import IO, Protocol
 
@@ -11,17 +12,20 @@ import torch
 from torch import Tensor
 
 from steadyflow.data.archive import ImageArchive
+from steadyflow.data.images import to_uint8
 
 Reader = Callable[[np.ndarray], np.ndarray]  # rows (n,) of a part to images (n, H, W, C) uint8
+RUNS = ("samples", "restored")  # where the runs of a job keep their images
 
 
 def open_images(path: str | os.PathLike[str]) -> "ImageFiles":
     """The images at a path, none of them read into memory yet.
 
     Args:
-        path: the directory of a run (its `samples/` is read) or of its shards: npz files with arrays `images` uint8
-            (n, H, W, C) and `index` int64 (n,), or zips of png; one such npz, or one whose images are called `arr_0`
-            (the batches of Dhariwal & Nichol 2021); a folder or a zip of images, searched recursively.
+        path: the directory of a run (its `samples/` or `restored/` is read) or of its shards: npz files with arrays
+            `images` uint8 (n, H, W, C) and `index` int64 (n,), or zips of png; one such npz, or one whose images are
+            called `arr_0` (the batches of Dhariwal & Nichol 2021); a folder or a zip of images, searched recursively;
+            one picture.
 
     Raises:
         FileNotFoundError: nothing there, or no image in it.
@@ -32,8 +36,7 @@ def open_images(path: str | os.PathLike[str]) -> "ImageFiles":
         raise FileNotFoundError(f"{path} does not exist; expected a run's directory, an npz, a folder or zip of images")
     if path.is_file():
         return ImageFiles([NpzPart(path) if path.suffix == ".npz" else ArchivePart(path)])
-    if (path / "samples").is_dir():
-        path = path / "samples"
+    path = next((path / name for name in RUNS if (path / name).is_dir()), path)
     npz, zips = sorted(path.glob("*.npz")), sorted(path.glob("*.zip"))
     if npz and zips:
         raise ValueError(f"{path} holds npz and zip files ({npz[0].name}, {zips[0].name}); give one of them")
@@ -67,6 +70,7 @@ class ImageFiles:
         self.label = np.concatenate(labels) if len(labels) == len(self.parts) else None
         self.channels = max(part.channels for part in self.parts)
         self.shape = (self.channels, *first.size)
+        self._open: tuple[int, Reader] = (-1, lambda rows: rows)  # the part read last
 
     def __len__(self) -> int:
         return len(self.index)
@@ -96,6 +100,40 @@ class ImageFiles:
         if len(index):
             yield _tensors(index, images)
 
+    def read(self, index: np.ndarray | Tensor) -> Tensor:
+        """The images of the numbers `index` (n,), in that order: (n, C, H, W) uint8.
+
+        Raises:
+            ValueError: a number that no image has.
+        """
+        return torch.from_numpy(self.pixels(np.asarray(index)).transpose(0, 3, 1, 2).copy())
+
+    def pixels(self, index: np.ndarray) -> np.ndarray:
+        """As `read`, (n, H, W, C)."""
+        place, ends = self._places(index), np.cumsum([len(part.index) for part in self.parts])
+        number = np.searchsorted(ends, place, side="right")
+        images = np.empty((len(index), *self.shape[1:], self.channels), np.uint8)
+        for n in np.unique(number):
+            if n != self._open[0]:  # an npz is loaded whole: kept until another is needed
+                self._open = (int(n), self.parts[n].reader(self.channels))
+            rows = number == n
+            images[rows] = self._open[1](place[rows] - (ends[n] - len(self.parts[n].index)))
+        return images
+
+    def only(self, index: np.ndarray) -> "ImageFiles":
+        """The images of the numbers `index` alone, in that order; still none of them read."""
+        return ImageFiles([ChosenPart(self, index, self._places(index))])
+
+    def _places(self, index: np.ndarray) -> np.ndarray:
+        place = self._order[np.searchsorted(self.index, index, sorter=self._order).clip(max=len(self) - 1)]
+        if (self.index[place] != index).any():
+            raise ValueError(f"{self.parts[0].where} has no image {index[self.index[place] != index][0]}")
+        return place
+
+    @cached_property
+    def _order(self) -> np.ndarray:
+        return np.argsort(self.index)
+
 
 class Part(Protocol):
     """One file or folder of images: its name for messages, its images' numbers, classes, size (H, W) and channels."""
@@ -107,6 +145,19 @@ class Part(Protocol):
     channels: int
 
     def reader(self, channels: int) -> Reader: ...
+
+
+class Items(Protocol):
+    """What is asked of a dataset of images; item i is (x in [-1, 1] (C, H, W), label)."""
+
+    name: str
+    split: str
+    shape: tuple[int, ...]
+    num_classes: int
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: int) -> tuple[Tensor, int]: ...
 
 
 class NpzPart:
@@ -172,6 +223,40 @@ class ArchivePart:
 
     def reader(self, channels: int) -> Reader:
         return lambda rows: np.stack([self.files.pixels(int(i), channels) for i in rows])
+
+
+class ChosenPart:
+    """Some of other files' images: those of the numbers `index` at the places `place`."""
+
+    def __init__(self, files: ImageFiles, index: np.ndarray, place: np.ndarray):
+        self.files, self.index, self.where = files, index, files.parts[0].where
+        self.label = None if files.label is None else files.label[place]
+        self.size, self.channels = files.shape[1:], files.channels
+
+    def reader(self, channels: int) -> Reader:
+        return lambda rows: self.files.pixels(self.index[rows])
+
+
+class DatasetPart:
+    """The items `index` of a dataset of images, item i as image i; decoded as they are asked for.
+
+    Raises:
+        ValueError: items that are no images (1 or 3, H, W).
+    """
+
+    def __init__(self, dataset: Items, index: np.ndarray):
+        self.dataset, self.index, self.where = dataset, index, f"{dataset.name} {dataset.split}"
+        if len(dataset.shape) != 3 or dataset.shape[0] not in (1, 3):
+            raise ValueError(f"{self.where} holds vectors {tuple(dataset.shape)}; images are needed")
+        self.channels, self.size = dataset.shape[0], (dataset.shape[1], dataset.shape[2])
+        known = getattr(dataset, "labels", None)
+        labels = [dataset[int(i)][1] for i in index] if known is None else known[index]
+        self.label = np.asarray(labels, np.int64) if dataset.num_classes else None
+
+    def reader(self, channels: int) -> Reader:
+        return lambda rows: (
+            to_uint8(torch.stack([self.dataset[int(i)][0] for i in self.index[rows]])).permute(0, 2, 3, 1).numpy()
+        )
 
 
 def _npy_header(file: IO[bytes]) -> tuple[tuple[int, ...], np.dtype]:

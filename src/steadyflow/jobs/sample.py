@@ -2,9 +2,11 @@
 
 import logging
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import lightning as L
 import torch
 from hydra.core.hydra_config import HydraConfig
 from hydra.utils import instantiate
@@ -18,6 +20,7 @@ from steadyflow.diffusions import LinearDiffusion
 from steadyflow.jobs import record
 from steadyflow.modules.sampling import Sampling, class_labels
 from steadyflow.noise import STREAM
+from steadyflow.samplers.sampler import Sampler
 
 log = logging.getLogger(__name__)
 
@@ -48,13 +51,12 @@ def run(cfg: DictConfig) -> dict[str, Any]:
     checkpoint.check(dataset.shape, dataset.name)
     index = torch.arange(cfg.num_samples)
     label = class_labels(cfg.label, index, checkpoint.num_classes, cfg.seed)
-    own = "path" not in cfg.sampler or cfg.sampler.path is not None
-    if own and isinstance(checkpoint.path, LinearDiffusion):
+    sampler = sampler_on(cfg.sampler, checkpoint)
+    if not isinstance(sampler, Sampler):
         raise ValueError(
-            f"checkpoint {checkpoint.name} is of {type(checkpoint.path).__name__}, a linear diffusion, and sampled on "
-            "it alone; choose sampler=gddim, ancestral, euler_maruyama or linear_rk45, with sampler.path=null"
+            f"{type(sampler).__name__} restores images from measurements; use it with steadyflow restore, or choose "
+            "another sampler, e.g. sampler=ddim"
         )
-    sampler = instantiate(cfg.sampler, **({} if own else {"path": checkpoint.path}))
     files = SampleFiles(directory, cfg.format, vector=len(checkpoint.shape) == 1)
     module = Sampling(
         checkpoint.model,
@@ -67,26 +69,70 @@ def run(cfg: DictConfig) -> dict[str, Any]:
         guidance_scale=cfg.guidance_scale,
         num_classes=checkpoint.num_classes,
     )
-    results = SampleResults(
-        files,
+    draw = partial(
+        files.draw,
         columns=checkpoint.num_classes if cfg.label in ("auto", "balanced") and checkpoint.num_classes <= 16 else None,
         reference=torch.stack([dataset[i][0] for i in range(min(len(dataset), 10000))]) if files.vector else None,
-        protocol={"sampler": type(sampler).__name__, "guidance_scale": cfg.guidance_scale},
     )
+    protocol = {"sampler": type(sampler).__name__, "guidance_scale": cfg.guidance_scale}
+    results = SampleResults(files, draw, protocol)
     callbacks = [*(instantiate(cfg.callbacks) or {}).values()]
+    return make(cfg, module, files, [*callbacks, results], {"checkpoint": checkpoint.sha256})
+
+
+def sampler_on(node: DictConfig, checkpoint: Checkpoint) -> Any:
+    """The sampler of a config on the path it names, or on the checkpoint's where it names none.
+
+    Raises:
+        ValueError: a path named for a checkpoint of a linear diffusion.
+    """
+    own = "path" not in node or node.path is not None
+    if own and isinstance(checkpoint.path, LinearDiffusion):
+        raise ValueError(
+            f"checkpoint {checkpoint.name} is of {type(checkpoint.path).__name__}, a linear diffusion, and sampled on "
+            "it alone; choose sampler=gddim, ancestral, euler_maruyama or linear_rk45, with sampler.path=null"
+        )
+    return instantiate(node, **({} if own else {"path": checkpoint.path}))
+
+
+def make(
+    cfg: DictConfig,
+    module: Sampling,
+    files: SampleFiles,
+    callbacks: list[L.Callback],
+    inputs: dict[str, str],
+    inference_mode: bool = True,
+) -> dict[str, Any]:
+    """Makes the samples that are not there yet, scores and draws them.
+
+    Args:
+        cfg: logger, trainer, and what run.json records.
+        module: all samples of the run.
+        files: where to.
+        callbacks: the last of them SampleResults.
+        inputs: hashes of what the run reads.
+        inference_mode: whether nothing is differentiated.
+
+    Returns:
+        What metrics.json holds.
+    """
+    index, results = module.index, callbacks[-1]
+    assert isinstance(results, SampleResults)
+    label = None if module.label is None else dict(zip(index.tolist(), module.label.tolist(), strict=True))
     trainer = instantiate(
         cfg.trainer,
         logger=instantiate(cfg.logger) or False,
-        callbacks=[SampleWriter(files, label), *callbacks, results, StepProgress()],
+        callbacks=[SampleWriter(files, label), *callbacks, StepProgress()],
         enable_progress_bar=cfg.trainer.get("enable_progress_bar", sys.stdout.isatty()),
         enable_checkpointing=False,
+        inference_mode=inference_mode,
     )
-    if record.claim(directory, cfg, inputs={"checkpoint": checkpoint.sha256, "noise": STREAM}, ignore=("batch_size",)):
+    if record.claim(files.directory, cfg, inputs={**inputs, "noise": STREAM}, ignore=("batch_size",)):
         if record.is_first_process():
             files.tidy()
         finished = torch.from_numpy(files.index())
         module.skip(finished)
-        log.info("%s: %d of %d samples were there already", directory, len(finished), len(index))
+        log.info("%s: %d of %d samples were there already", files.directory, len(finished), len(index))
     try:
         trainer.predict(module, return_predictions=False)
     except FloatingPointError as error:
@@ -96,5 +142,5 @@ def run(cfg: DictConfig) -> dict[str, Any]:
         close(trainer.loggers)
     if trainer.is_global_zero:
         shown = {k: v for k, v in results.results.items() if isinstance(v, float)}
-        log.info("%s: %s", directory, ", ".join(f"{k} {v:.4g}" for k, v in shown.items()))
+        log.info("%s: %s", files.directory, ", ".join(f"{k} {v:.4g}" for k, v in shown.items()))
     return results.results

@@ -1,5 +1,6 @@
 """Scores of images: feature extractors, metrics, what they compare with, and the one pass that computes them all."""
 
+from steadyflow.metrics.consistency import Consistency
 from steadyflow.metrics.defaults import default_features
 from steadyflow.metrics.digits_net import DigitsNet
 from steadyflow.metrics.evaluator import Evaluator
@@ -9,7 +10,7 @@ from steadyflow.metrics.inception import Inception
 from steadyflow.metrics.inception_score import ClassAccuracy, InceptionScore
 from steadyflow.metrics.kernel import KernelDistance
 from steadyflow.metrics.memorisation import Memorisation
-from steadyflow.metrics.metric import EvaluationMetric
+from steadyflow.metrics.metric import EvaluationMetric, PerImageMetric
 from steadyflow.metrics.paired import PSNR, RMSE, SSIM
 from steadyflow.metrics.perceptual import LPIPS, DigitsDistance
 from steadyflow.metrics.precision_recall import PrecisionRecall
@@ -22,6 +23,7 @@ __all__ = [
     "RMSE",
     "SSIM",
     "ClassAccuracy",
+    "Consistency",
     "DigitsDistance",
     "DigitsNet",
     "EvaluationMetric",
@@ -32,6 +34,7 @@ __all__ = [
     "InceptionScore",
     "KernelDistance",
     "Memorisation",
+    "PerImageMetric",
     "PrecisionRecall",
     "Reference",
     "ResNetCIFAR10",

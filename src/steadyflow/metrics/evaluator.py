@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from steadyflow.data import ImageFiles
-from steadyflow.metrics.metric import EvaluationMetric
+from steadyflow.metrics.metric import EvaluationMetric, PerImageMetric
 from steadyflow.metrics.reference import Sources
 
 log = logging.getLogger(__name__)
@@ -36,6 +36,7 @@ class Evaluator:
         self.metrics, self.sources, self.batch_size = metrics, sources, batch_size
         self.reasons: dict[str, str] = {}  # of the metrics that cannot be had
         self._prepared = False
+        self._scored: dict[str, EvaluationMetric] = {}
 
     def prepare(self) -> None:
         """Loads what the metrics compare with: weights, reference features (extracted where the cache lacks them).
@@ -83,7 +84,7 @@ class Evaluator:
             if "label" in metric.needs and images.label is None:
                 reasons.setdefault(name, "the images carry no labels (a run's npz shards of a labelled checkpoint do)")
             if "target" in metric.needs and target is None:
-                reasons.setdefault(name, "the images have no pairs; set paired_with to the folder, zip or npz of them")
+                reasons.setdefault(name, "the images have no pairs to compare with; evaluate takes them as paired_with")
         active = {name: metric for name, metric in self.metrics.items() if name not in reasons}
         for batch in self._batches(
             images, target, ranks, {need for metric in active.values() for need in metric.needs}
@@ -96,17 +97,31 @@ class Evaluator:
         for name, metric in list(active.items()):
             with excused(name, reasons, active, strict):
                 values[name] = metric.compute()
+        self._scored = {name: metric for name, metric in active.items() if name in values}
         return self._results(values, agreed(reasons), len(images))
+
+    def per_image(self) -> dict[str, tuple[Tensor, Tensor]]:
+        """Of the images scored last: their index (N,) and number (N,) by the key of each metric that has one an image.
+
+        All processes of a distributed run call it together, and each gets all images.
+        """
+        found = {}
+        for metric in self._scored.values():
+            if isinstance(metric, PerImageMetric):
+                with metric.sync_context():
+                    index, rows = metric.per_image()
+                    found[metric.keys[0]] = index.cpu(), rows.cpu()
+        return found
 
     def _batches(
         self, images: ImageFiles, target: ImageFiles | None, ranks: tuple[int, int], needs: set[str]
     ) -> Iterator[dict[str, Tensor]]:
         """This process's batches, at least one (an empty one, so that every process joins the synchronisation)."""
         count = 0
-        paired = target.batches(self.batch_size, ranks) if target is not None and "target" in needs else None
+        paired = target if "target" in needs else None
         for index, batch in images.batches(self.batch_size, ranks):
             count += 1
-            yield self._tensors(index, batch, next(paired)[1] if paired else None, images, needs)
+            yield self._tensors(index, batch, paired.read(index.numpy()) if paired else None, images, needs)
         if count == 0:
             index, batch = next(images.batches(1))
             full = self._tensors(index, batch, batch if paired else None, images, needs)
@@ -142,7 +157,7 @@ class Evaluator:
                 numbers[key] = value if value is None or math.isfinite(value) else None
                 if name in reasons and key == metric.keys[0]:
                     why[key] = reasons[name]
-                elif value is not None and not math.isfinite(value):
+                elif value is not None and not math.isfinite(value) and not key.endswith("_std"):
                     why[key] = f"{key} is {value}"
             if found:
                 entry: dict[str, Any] = {"count": count}
@@ -186,9 +201,8 @@ def check_pairs(images: ImageFiles, target: ImageFiles | None) -> None:
         raise ValueError(f"pairs of different sizes: images are {images.shape}, their pairs {target.shape} (C, H, W)")
     if len(images) != len(target):
         raise ValueError(f"{len(images)} images have {len(target)} pairs; pairs are matched by index, one to one")
-    if not np.array_equal(images.index, target.index):
-        at = int((images.index != target.index).argmax())
+    if len(lone := np.setdiff1d(images.index, target.index)):
         raise ValueError(
-            f"images and pairs are numbered differently: at place {at}, image {images.index[at]} meets "
-            f"{target.index[at]}; name the files alike"
+            f"images and pairs are numbered differently: no pair is numbered {lone[0]}, as an image is; name the files "
+            "alike"
         )

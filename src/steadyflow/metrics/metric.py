@@ -82,6 +82,22 @@ class StoredMetric(EvaluationMetric, ABC):
         return dim_zero_cat(self.index_state).sort().values
 
 
+class PerImageMetric(StoredMetric, ABC):
+    """The mean over images of a number that each image has by itself, and its standard deviation.
+
+    `keys` are the number's name and name_std: over the images (divided by N - 1), absent for a single one.
+    """
+
+    def per_image(self) -> tuple[Tensor, Tensor]:
+        """The index (N,) and the number (N,) of each image of this process, sorted by index."""
+        return self.indices(), self.rows()
+
+    def compute(self) -> dict[str, Tensor]:
+        rows = self.rows()
+        spread = {self.keys[1]: rows.std()} if len(rows) > 1 else {}
+        return {self.keys[0]: rows.mean()} | spread
+
+
 def generator(seed: int) -> torch.Generator:
     """A CPU generator: the same draws on every device."""
     return torch.Generator().manual_seed(seed)

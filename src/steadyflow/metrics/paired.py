@@ -7,11 +7,11 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from steadyflow.metrics.metric import StoredMetric
+from steadyflow.metrics.metric import PerImageMetric
 
 
-class PairedMetric(StoredMetric, ABC):
-    """The mean over images of a number that compares an image with its target; the number of each is kept."""
+class PairedMetric(PerImageMetric, ABC):
+    """A number that compares an image with its target: its mean and standard deviation over images."""
 
     needs = ("index", "images", "target")
 
@@ -27,13 +27,6 @@ class PairedMetric(StoredMetric, ABC):
             )
         self.store(index, self.compare(images, target))
 
-    def per_image(self) -> tuple[Tensor, Tensor]:
-        """The index (N,) and the number (N,) of each image of this process, sorted by index."""
-        return self.indices(), self.rows()
-
-    def compute(self) -> dict[str, Tensor]:
-        return {self.keys[0]: self.rows().mean()}
-
 
 class RMSE(PairedMetric):
     """Root mean square difference of each image from its pair, on images in [-1, 1], then averaged over images.
@@ -44,7 +37,7 @@ class RMSE(PairedMetric):
     sampler, it is the error of a sampler.
     """
 
-    keys = ("rmse",)
+    keys = ("rmse", "rmse_std")
 
     def compare(self, images: Tensor, target: Tensor) -> Tensor:
         return (images.double() - target.double()).square().flatten(1).mean(1).sqrt() / 127.5
@@ -62,7 +55,7 @@ class PSNR(PairedMetric):
     Equal to scikit-image's peak_signal_noise_ratio(data_range=255).
     """
 
-    keys = ("psnr",)
+    keys = ("psnr", "psnr_std")
 
     def compare(self, images: Tensor, target: Tensor) -> Tensor:
         error = (images.double() - target.double()).square().flatten(1).mean(1)
@@ -88,7 +81,7 @@ class SSIM(PairedMetric):
         ValueError: an image smaller than the window.
     """
 
-    keys = ("ssim",)
+    keys = ("ssim", "ssim_std")
 
     def compare(self, images: Tensor, target: Tensor) -> Tensor:
         if min(images.shape[2:]) < 11:

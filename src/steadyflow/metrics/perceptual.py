@@ -67,7 +67,7 @@ class LPIPS(PerceptualDistance):
         FileNotFoundError: the backbone is not on this machine; says which file to put where.
     """
 
-    keys = ("lpips",)
+    keys = ("lpips", "lpips_std")
 
     def __init__(self, net: str = "alex", weights_path: str | Path | None = None):
         super().__init__()
@@ -147,7 +147,7 @@ class DigitsDistance(PerceptualDistance):
     Written as `lpips_digits`; comparable only with itself.
     """
 
-    keys = ("lpips_digits",)
+    keys = ("lpips_digits", "lpips_digits_std")
 
     @cached_property
     def network(self) -> DigitsNet:

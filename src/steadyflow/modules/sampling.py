@@ -16,7 +16,8 @@ from steadyflow.guidance import ClassifierFree
 from steadyflow.noise import NoiseSource
 from steadyflow.samplers.sampler import Progress, Sampler
 
-LABELS = 2**33  # the Philox counter of random labels, beyond the steps of sampling and the streams of training
+# Top counter words, beyond the streams of training (data/batches.py); the steps of sampling have 0.
+LABELS, MEASUREMENT = (2**33 + i for i in range(2))  # of random labels and of the noise of measurements
 
 
 class Indices(NamedTuple):

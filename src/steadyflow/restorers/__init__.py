@@ -5,6 +5,7 @@ from steadyflow.restorers.diffpir import DiffPIR
 from steadyflow.restorers.flow_dps import FlowDPS
 from steadyflow.restorers.gradients import DPS, PiGDM
 from steadyflow.restorers.guided import GuidedSampler
+from steadyflow.restorers.presets import guided
 from steadyflow.restorers.red_diff import REDDiff
 from steadyflow.restorers.restorer import Measurement, Restorer
 from steadyflow.restorers.svd import DDNM, DDRM
@@ -22,4 +23,5 @@ __all__ = [
     "PiGDM",
     "REDDiff",
     "Restorer",
+    "guided",
 ]

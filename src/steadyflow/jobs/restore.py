@@ -1,0 +1,122 @@
+"""`steadyflow restore`: images from incomplete, noisy measurements, by a checkpoint that was trained without them."""
+
+import logging
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from hydra.core.hydra_config import HydraConfig
+from hydra.utils import instantiate
+from omegaconf import DictConfig
+
+from steadyflow.callbacks.evaluation import Evaluation
+from steadyflow.callbacks.results import SampleResults
+from steadyflow.callbacks.samples import SampleFiles
+from steadyflow.checkpoints import Checkpoint
+from steadyflow.data import open_images, save_grid
+from steadyflow.data.image_writing import pillow, whole_file
+from steadyflow.jobs import record
+from steadyflow.jobs.pictures import chosen_images, condition_labels
+from steadyflow.jobs.sample import make, sampler_on
+from steadyflow.metrics import Consistency
+from steadyflow.metrics.reference import content_of
+from steadyflow.modules.restoring import Measurements, Restoration
+from steadyflow.modules.sampling import Sampling
+from steadyflow.restorers import Restorer
+
+log = logging.getLogger(__name__)
+DRAWN = 16  # images of the grid
+
+
+def run(cfg: DictConfig) -> dict[str, Any]:
+    """Restores the images that are not restored yet and writes
+
+        restored/       npz shards (images uint8 (n, H, W, C), index, label) or, format=png, one zip; restored.png of
+                        `input`
+        grid.png        reference | measurement | restoration of the first 16
+        per_image.csv   psnr, ssim, lpips ... of each image
+        metrics.json    their means and standard deviations, fid, kid, consistency (|A x - y| / |y|), nfe,
+                        seconds_per_image ... with their protocol; null with a reason where one cannot be had
+        run.json        config, versions, git state, hardware, precision; logs/ the logger's
+
+    The images are measured here, image i with noise that is a function of (seed, i) alone; or, as `input`, degraded
+    already, with no reference to compare with. A start in the directory of a killed run makes what is missing.
+
+    Returns:
+        What metrics.json holds.
+
+    Raises:
+        ValueError: images, a task or a checkpoint that do not fit one another, a sampler that restores nothing, a
+            directory used otherwise.
+        FileNotFoundError: no images there.
+        FloatingPointError: a state that is not finite: of which images, at which step, and how many are kept.
+    """
+    cfg = record.resumed(cfg)
+    directory = Path(HydraConfig.get().runtime.output_dir)
+    dataset = instantiate(cfg.dataset) if cfg.input is None and cfg.images is None else None
+    checkpoint: Checkpoint = instantiate(cfg.checkpoint)
+    if len(checkpoint.shape) != 3:
+        raise ValueError(f"checkpoint {checkpoint.name} makes vectors {checkpoint.shape}; choose one of images")
+    denoiser = checkpoint.denoiser.requires_grad_(False)
+    restorer = sampler_on(cfg.sampler, checkpoint)
+    if not isinstance(restorer, Restorer):
+        raise ValueError(
+            f"{type(restorer).__name__} draws samples and reads no measurement; use it with steadyflow sample, or "
+            "choose a restorer, e.g. sampler=ot_ode"
+        )
+    if cfg.input is not None and cfg.images is not None:
+        raise ValueError("input is degraded already and images are to be degraded here; give one of them")
+    if cfg.input is None:
+        images, source = chosen_images(cfg, dataset)
+        checkpoint.check(images.shape, source)
+    else:
+        images, source = open_images(cfg.input), str(cfg.input)
+        images = images.only(np.sort(images.index))
+    operator = instantiate(cfg.task.operator, shape=checkpoint.shape)
+    measurements = Measurements(images, operator, cfg.task.sigma_y, cfg.seed, degraded=cfg.input is not None)
+    if cfg.input is not None and images.shape[1:] != operator.measured_shape[1:]:
+        sizes = " of ".join("{2}x{1}".format(*shape) for shape in (operator.measured_shape, images.shape))
+        log.warning("%s: the middle %s pixels are taken, as this checkpoint and task need", source, sizes)
+
+    index, own = torch.from_numpy(images.index), None if images.label is None else torch.from_numpy(images.label)
+    files = SampleFiles(directory, cfg.format, name="restored")
+    module = Sampling(
+        denoiser,
+        Restoration(restorer, measurements),
+        checkpoint.shape,
+        cfg.seed,
+        index,
+        condition_labels(cfg.label, own, len(images), checkpoint.num_classes),
+        batch_size=cfg.batch_size,
+        guidance_scale=cfg.guidance_scale,
+        num_classes=checkpoint.num_classes,
+    )
+    choices = HydraConfig.get().runtime.choices
+    protocol = {"sampler": choices["sampler"], "task": choices["task"], "sigma_y": cfg.task.sigma_y, "images": source}
+    results = SampleResults(files, partial(draw, files, measurements), protocol)
+    callbacks = [*(instantiate(cfg.callbacks) or {}).values()]
+    for callback in callbacks:
+        if isinstance(callback, Evaluation):
+            callback.paired_with = None if measurements.degraded else images
+            callback.metrics["consistency"] = Consistency(measurements)
+    content = content_of(Path(source).expanduser()) if dataset is None else dataset.fingerprint
+    inputs = {"checkpoint": checkpoint.sha256, "images": content}
+    return make(cfg, module, files, [*callbacks, results], inputs, inference_mode=False)  # methods differentiate
+
+
+def draw(files: SampleFiles, measurements: Measurements, grid: Path) -> None:
+    """Draws reference | measurement | restoration, or measurement | restoration of what was degraded already.
+
+    Of one picture that was degraded already, the restoration goes to restored.png too.
+    """
+    restored = files.first_images(DRAWN)
+    index = np.sort(open_images(files.folder).index)[: len(restored)]
+    measured, reference = measurements.drawn(torch.from_numpy(index)), measurements.images
+    columns = [measured, restored] if measurements.degraded else [reference.read(index), measured, restored]
+    blocks = -(-len(restored) // 8)  # rows of at most 8 images one below another, then beside them
+    save_grid(grid, torch.stack(columns, 1).flatten(0, 1), len(columns) * blocks)
+    if measurements.degraded and len(reference) == 1:
+        with whole_file(files.directory / "restored.png") as temporary:
+            pillow(restored[0]).save(temporary, format="PNG")
