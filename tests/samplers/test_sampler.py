@@ -152,7 +152,9 @@ def test_a_noise_predicting_network_starts_where_there_is_no_signal():
 
 
 CONFIGS = Path(__file__).parents[2] / "configs"
-SAMPLERS = sorted(file.stem for file in (CONFIGS / "sampler").glob("*.yaml"))
+SAMPLERS = sorted(  # those of the sample job; the group holds restorers too
+    file.stem for file in (CONFIGS / "sampler").glob("*.yaml") if "steadyflow.restorers" not in file.read_text()
+)
 GRIDS = sorted(file.stem for file in (CONFIGS / "sampler" / "grid").glob("*.yaml") if file.stem != "saved")
 PATHS = sorted({file.stem for file in (CONFIGS / "path").glob("*.yaml")} - {"bdm", "cld"})  # those of one variable
 
