@@ -2,12 +2,16 @@
 
 import logging
 import math
+import signal
 import sys
 from collections.abc import Callable, Iterator
 
 import pytest
 import torch
 from torch import Tensor
+
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # a suite run in the background hands that on to the commands
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(autouse=True)

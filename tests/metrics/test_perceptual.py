@@ -82,7 +82,7 @@ def test_digits_distance_by_hand() -> None:
     metric = DigitsDistance()
     ours = metric.compare(x, y)
     assert torch.allclose(ours, expected.double(), rtol=2e-2)  # maps of norm 0 are left out by hand
-    assert metric.keys == ("lpips_digits",)
+    assert metric.keys == ("lpips_digits", "lpips_digits_std")
     assert metric.compare(x, x).abs().max() == 0
 
 
