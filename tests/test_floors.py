@@ -8,7 +8,7 @@ import pytest
 
 PACKAGE = Path(__file__).parents[1] / "src" / "steadyflow"
 FLOORS = [
-    {"equilibrium", "linear"},
+    {"equilibrium", "linear", "quadrature"},
     {"noise", "paths", "grids", "diffusions", "densities"},
     {"networks"},
     {"denoisers"},

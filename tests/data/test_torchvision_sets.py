@@ -77,6 +77,7 @@ def test_what_is_there_is_not_fetched_again(tmp_path, mnist):
     MNIST.download(tmp_path / "data")
     shutil.rmtree(mnist[0])
     MNIST.download(tmp_path / "data")
+    assert len(MNIST(tmp_path / "data")) == 7
 
 
 def test_files_put_there_by_hand_are_unpacked(tmp_path, mnist, monkeypatch):

@@ -119,6 +119,14 @@ def test_flow_by_runge_kutta_and_by_euler(reference):
     torch.testing.assert_close(x, fine, rtol=0, atol=1e-3)
 
 
+@every
+def test_the_adaptive_method_steps_each_sample_as_alone(diffusion):
+    model, sampler = MixtureNoise(diffusion, torch.cat([POINT, -POINT]), [0.01, 0.3]), LinearRK45(diffusion, end=0.05)
+    whole = sampler(model, image_noise(4))
+    singles = [sampler(model, NoiseSource(0, [i], (1, 4, 4), dtype=F64)) for i in range(4)]
+    torch.testing.assert_close(whole, torch.cat(singles), rtol=1e-9, atol=1e-9)
+
+
 def test_on_a_gaussian_path_it_is_ddim_and_deis(ring):
     noise = NoiseSource(3, range(5), (2,), dtype=F64)
     x = GDDIM(VP, Quadratic(), 10)(ring, noise)

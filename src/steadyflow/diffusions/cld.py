@@ -1,14 +1,13 @@
 """Critically-damped Langevin diffusion."""
 
 import math
-from functools import cache
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from steadyflow.diffusions.linear import LinearDiffusion, float64, inverse
 from steadyflow.paths import Time
+from steadyflow.quadrature import gauss_legendre
 
 TINY = 1e-40  # t = 0 is read as this: every formula below has its limit there, and no underflow yet
 
@@ -113,7 +112,7 @@ class CLD(LinearDiffusion):
 
     def _damping(self, first: Tensor, last: Tensor, panels: int, lambda_: float) -> Tensor:
         """Y at log t = last, from Y = I at log t = first; both (N,)."""
-        nodes, inner, outer = (torch.from_numpy(v).to(first.device) for v in _gauss(8))
+        nodes, outer, inner = (v.to(first.device) for v in gauss_legendre(8))
         width = ((last - first) / panels)[:, None, None]
         tau = torch.exp(first[:, None, None] + width * (torch.arange(panels, device=first.device)[:, None] + nodes))
         normal = self.rotation(tau)[..., 1, :]
@@ -144,7 +143,7 @@ class CLD(LinearDiffusion):
 
     def _turn(self, low: Tensor, high: Tensor) -> Tensor:
         """theta(low^2) - theta(high^2): 20 Gauss nodes in v = sqrt(t)."""
-        nodes, _, weights = (torch.from_numpy(v).to(low.device) for v in _gauss(20))
+        nodes, weights, _ = (v.to(low.device) for v in gauss_legendre(20))
         v = low[..., None] + (high - low)[..., None] * nodes
         xx, _, _, det = self._moments((v * v).clamp(min=TINY))
         rate = 2 * v * (self.beta / self.mass) * torch.sqrt(det) / xx
@@ -158,15 +157,3 @@ class CLD(LinearDiffusion):
 def _block(xx: Tensor, xv: Tensor, vx: Tensor, vv: Tensor) -> Tensor:
     """[[xx, xv], [vx, vv]]."""
     return torch.stack([torch.stack([xx, xv], -1), torch.stack([vx, vv], -1)], -2)
-
-
-@cache
-def _gauss(stages: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Gauss-Legendre on [0, 1] as a collocation method: nodes c_i, a_ij = int_0^c_i l_j, weights b_j."""
-    x, w = np.polynomial.legendre.leggauss(stages)
-    c, inner = (x + 1) / 2, np.empty((stages, stages))
-    for i in range(stages):  # l_j integrated over [0, c_i] by the same rule: it has degree stages - 1
-        z = c[i] * c
-        basis = [np.prod([(z - c[k]) / (c[j] - c[k]) for k in range(stages) if k != j], axis=0) for j in range(stages)]
-        inner[i] = c[i] / 2 * (np.stack(basis) @ w)
-    return c, inner, w / 2

@@ -132,4 +132,5 @@ def factor(block: Tensor) -> Tensor:
 
 
 def float64(t: Time) -> Tensor:
+    """A time as a float64 tensor."""
     return torch.as_tensor(t, dtype=torch.float64)

@@ -256,6 +256,7 @@ def _without_paths(node: Any) -> Any:
 
 
 def quoted(path: str | Path) -> str:
+    """A path as a quoted value of an override."""
     escaped = str(path).replace("\\", "\\\\").replace('"', '\\"')
     return f'"{escaped}"'
 

@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 
 from steadyflow.denoisers import CountedDenoiser, Denoiser
-from steadyflow.guidance import ClassifierFree
 from steadyflow.inversion import Inversion, Inverter
 from steadyflow.inversion.chain import squared_distance
+from steadyflow.modules.sampling import guided
 from steadyflow.noise import NoiseSource
 from steadyflow.samplers.sampler import Progress, Sampler
 
@@ -94,11 +94,8 @@ class Inverting(L.LightningModule):
         NoiseSource(seed, index[:1], images.shape[1:])  # raises for a seed that cannot be
         if not (isinstance(batch_size, int) and batch_size >= 1):
             raise ValueError(f"batch_size must be at least 1, got {batch_size}")
-        if guidance_scale != 1 and (label is None or bool((label == num_classes).any())):
-            raise ValueError(f"guidance_scale={guidance_scale} guides towards a class, and there is none; set 1")
         self.denoiser = CountedDenoiser(denoiser.requires_grad_(False))
-        guided = ClassifierFree(self.denoiser, guidance_scale, num_classes)
-        self.guided = self.denoiser if guidance_scale == 1 else guided
+        self.guided = guided(self.denoiser, guidance_scale, label, num_classes)
         self.sampler, self.methods = sampler, dict(methods)
         self.images, self.index, self.label, self.seed = images, index, label, int(seed)
         self.progress: Progress | None = None

@@ -64,6 +64,22 @@ def class_labels(mode: str | int | None, index: Tensor, num_classes: int, seed: 
     return torch.full_like(index, num_classes if mode is None else int(mode))
 
 
+def guided(denoiser: CountedDenoiser, scale: float, label: Tensor | None, num_classes: int) -> Denoiser:
+    """The denoiser under classifier-free guidance of a scale; scale 1 is the denoiser itself.
+
+    Raises:
+        ValueError: guidance without classes to guide to.
+    """
+    if scale == 1:
+        return denoiser
+    if label is None or bool((label == num_classes).any()):
+        raise ValueError(
+            f"guidance_scale={scale} guides towards a class, and there is none; choose a class or classes (label=) on "
+            "a checkpoint that has them, or guidance_scale=1"
+        )
+    return ClassifierFree(denoiser, scale, num_classes)
+
+
 class IndexBatches:
     """This process's share of the samples still to make: batches j = rank, rank + world, ... of `batch_size` of them.
 
@@ -131,15 +147,8 @@ class Sampling(L.LightningModule):
         NoiseSource(seed, index[:1], shape)  # raises for a seed that cannot be
         if batch_size < 1:
             raise ValueError(f"batch_size must be at least 1, got {batch_size}")
-        if guidance_scale != 1 and (label is None or bool((label == num_classes).any())):
-            raise ValueError(
-                f"guidance_scale={guidance_scale} guides towards a class, and there is none; set label=balanced on a "
-                "checkpoint with classes, or guidance_scale=1"
-            )
         self.denoiser, self.path = CountedDenoiser(denoiser), getattr(denoiser, "path", None)
-        self.guided = (
-            self.denoiser if guidance_scale == 1 else ClassifierFree(self.denoiser, guidance_scale, num_classes)
-        )
+        self.guided = guided(self.denoiser, guidance_scale, label, num_classes)
         self.sampler, self.shape, self.seed = sampler, tuple(shape), int(seed)
         self.index, self.label, self.batch_size = index, label, int(batch_size)
         self.progress: Progress | None = None

@@ -2,9 +2,7 @@
 
 from abc import abstractmethod
 from collections.abc import Sequence
-from functools import cache
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -12,6 +10,7 @@ from steadyflow.denoisers import Denoiser, denoise_and_pull
 from steadyflow.grids import Grid
 from steadyflow.noise import NoiseSource
 from steadyflow.paths import GaussianPath, combine
+from steadyflow.quadrature import gauss_legendre
 from steadyflow.restorers.restorer import Measurement, Restorer
 from steadyflow.restorers.start import starting_state
 from steadyflow.samplers.sampler import Progress, check_finite, time_grid
@@ -90,7 +89,7 @@ class ConjugateIntegrator(Restorer):
         """
         snr = snr.double()
         shape, device = (-1, *[1] * snr.ndim), snr.device
-        z, weights, integral = (torch.as_tensor(v, device=device) for v in gauss_legendre(NODES))
+        z, weights, integral = (v.to(device) for v in gauss_legendre(NODES))
         b_t, b_s = (-self.path(v)[0].log().to(device) for v in (t, s))
         b, db = b_s + (b_t - b_s) * z**2, 2 * (b_t - b_s) * z
         (_, m_t, n_t, _), (_, m_s, n_s, _), (sigma, m, n, rate) = map(self.frame, (b_t, b_s, b))
@@ -128,9 +127,9 @@ class ConjugateIntegrator(Restorer):
         progress: Progress | None = None,
         **condition: Tensor,
     ) -> Tensor:
-        operator, steps = measurement.operator, len(self.times) - 1
+        steps = len(self.times) - 1
         x = starting_state(self.init, self.path, self.times[0], measurement, noise)
-        back, sums = operator.pinv(measurement.y), []
+        sums: list[Tensor] = []
         for k, (t, s) in enumerate(zip(self.times, self.times[1:], strict=False)):
             alpha, sigma = self.path(t)
             if self.denoise_last and s == 0:
@@ -139,7 +138,7 @@ class ConjugateIntegrator(Restorer):
                 _, m, n, _ = self.frame(-alpha.log())
                 x0, pull = denoise_and_pull(denoiser, x, alpha, sigma, **condition)
                 f = combine(1 / n, x, -m / n, x0)
-                u = back - operator.project(x0)
+                u = measurement.residual(x0)
                 shrunk = u if measurement.sigma_y == 0 else measurement.correction(x0, sigma**2 / (alpha**2 + sigma**2))
                 zeta = combine(1 / n, shrunk, -m / n, pull(shrunk))
                 x = self._mix(measurement, k, x0, u, f, zeta)
@@ -237,12 +236,3 @@ class CPiGFM(ConjugateIntegrator):
         if self.frozen == "velocity":
             return sigma, torch.ones_like(b), sigma, alpha**2 * sigma
         return sigma, alpha, sigma, sigma
-
-
-@cache
-def gauss_legendre(n: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """(nodes (n,), weights (n,), integral (n, n)) on [0, 1]: integral @ g(nodes) is int_0^node g at each node."""
-    x, weights = np.polynomial.legendre.leggauss(n)
-    p = np.polynomial.legendre.legvander(x, n)  # p[k, j] = P_j(x_k)
-    rises = p[:, 1:] - np.concatenate([-np.ones((n, 1)), p[:, :-2]], 1)  # (2 j + 1) int_-1^x P_j
-    return (x + 1) / 2, weights / 2, 0.25 * rises @ p[:, :n].T * weights

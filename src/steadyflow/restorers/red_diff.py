@@ -10,7 +10,6 @@ from steadyflow.grids import Grid
 from steadyflow.noise import NoiseSource
 from steadyflow.paths import GaussianPath
 from steadyflow.restorers.restorer import Measurement, Restorer
-from steadyflow.restorers.start import INITS
 from steadyflow.samplers.sampler import Progress, check_finite, time_grid
 
 BETAS, EPS = (0.9, 0.99), 1e-8  # of Adam
@@ -48,7 +47,7 @@ class REDDiff(Restorer):
     ):
         if not (weight >= 0 and lr > 0):
             raise ValueError(f"need weight >= 0 and lr > 0, got {weight} and {lr}")
-        if init not in INITS or init not in ("y", "pinv"):
+        if init not in ("y", "pinv"):
             raise ValueError(f"init is y or pinv, got '{init}'")
         self.path, self.times = path, time_grid(path, grid, steps)
         self.weight, self.lr, self.init = float(weight), float(lr), init
@@ -66,7 +65,7 @@ class REDDiff(Restorer):
         operator, y = measurement.operator, measurement.y
         if not hasattr(operator, "adjoint"):
             raise ValueError(f"RED-diff here needs A^T, and {type(operator).__name__} is not linear")
-        mu = (operator.pinv(y) if self.init == "pinv" else y).clone()
+        mu = (measurement.back if self.init == "pinv" else y).clone()
         first, second, sums = torch.zeros_like(mu), torch.zeros_like(mu), []
         for k, t in enumerate(self.times[:-1]):
             alpha, sigma = self.path(t)

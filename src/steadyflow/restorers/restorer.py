@@ -3,6 +3,7 @@
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Protocol
 
 import torch
@@ -51,6 +52,15 @@ class Measurement:
         if not self.sigma_y >= 0:
             raise ValueError(f"sigma_y is a standard deviation, at least 0; got {self.sigma_y}")
 
+    @cached_property
+    def back(self) -> Tensor:
+        """A^+ y (B, *S)."""
+        return self.operator.pinv(self.y)
+
+    def residual(self, x0: Tensor, y: Tensor | None = None) -> Tensor:
+        """A^+ y - A^+ A x_0 (B, *S): what is missing of the measured part of x_0. x0, y: see `correction`."""
+        return (self.back if y is None or y is self.y else self.operator.pinv(y)) - self.operator.project(x0)
+
     def correction(self, x0: Tensor, r2: Tensor, y: Tensor | None = None) -> Tensor:
         """r2 A^T (r2 A A^T + sigma_y^2 I)^-1 (y - A x_0), without noise A^+ y - A^+ A x_0 (B, *S):
 
@@ -69,7 +79,7 @@ class Measurement:
         if len(y) != len(x0):
             raise ValueError(f"{len(y)} measurements for {len(x0)} images: each image needs its own")
         if self.sigma_y == 0:
-            return self.operator.pinv(y) - self.operator.project(x0)
+            return self.residual(x0, y)
         if not hasattr(self.operator, "solve"):
             kind = type(self.operator).__name__
             raise ValueError(f"{kind} is not linear, and this method knows it without noise alone; set sigma_y=0")

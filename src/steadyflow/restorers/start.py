@@ -36,7 +36,7 @@ def starting_state(init: str, path: GaussianPath, t: Tensor, measurement: Measur
             )
         return sigma.item() * z
     if init == "pinv":
-        image = measurement.operator.pinv(measurement.y)
+        image = measurement.back
     elif init == "y":
         image = measurement.y
     elif init == "nearest":

@@ -56,7 +56,7 @@ class DDNM(StepwiseRestorer):
     ) -> Tensor:
         (a_t, s_t), (a_s, s_s), noise = level(self.path, t), level(self.path, s), measurement.sigma_y
         x0 = denoiser(x, *self.path(t), **condition)
-        u = measurement.operator.pinv(measurement.y) - measurement.operator.project(x0)
+        u = measurement.residual(x0)
         fresh = (1 - self.eta**2) ** 0.5 / s_t * (x - a_t * x0) + self.eta * z
         if noise == 0:
             return a_s * (x0 + u) + s_s * fresh
@@ -104,14 +104,14 @@ class DDRM(StepwiseRestorer):
         if not hasattr(measurement.operator, "spectral"):
             raise ValueError(f"DDRM needs singular values, and {type(measurement.operator).__name__} is not linear")
         alpha, sigma = level(self.path, self.times[0])
-        back = measurement.operator.pinv(measurement.y)
         limit = alpha * measurement.sigma_y  # where y is noisier than the start, it is left out
 
         def fill(g: Tensor) -> Tensor:
             return torch.where(sigma * g >= limit, (sigma**2 - (limit / g) ** 2).clamp(min=0).sqrt(), sigma)
 
         known, filled = self._factor(lambda g: (sigma * g >= limit).to(g)), self._factor(fill, sigma)
-        return alpha * measurement.operator.spectral(back, known) + measurement.operator.spectral(noise(0), filled)
+        spectral = measurement.operator.spectral
+        return alpha * spectral(measurement.back, known) + spectral(noise(0), filled)
 
     def update(
         self,
@@ -125,7 +125,7 @@ class DDRM(StepwiseRestorer):
     ) -> Tensor:
         (a_t, s_t), (a_s, s_s), noise = level(self.path, t), level(self.path, s), measurement.sigma_y
         x0 = denoiser(x, *self.path(t), **condition)
-        u = measurement.operator.pinv(measurement.y) - measurement.operator.project(x0)
+        u = measurement.residual(x0)
         keep = (1 - self.eta**2) ** 0.5 * s_s
 
         def pull(g: Tensor) -> Tensor:  # first where y is less noisy than x_s, then elsewhere

@@ -3,11 +3,11 @@
 from collections.abc import Callable, Sequence
 from typing import Literal
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from steadyflow.paths import GaussianPath
+from steadyflow.quadrature import gauss_legendre
 
 Variable = Literal["t", "rho", "log_rho"]
 NODES = (64, 96)  # of a smooth stretch: the second is used, the first tells its error
@@ -63,11 +63,11 @@ def adams_integrals(
     values = v[node.clamp(min=0)]
 
     def integrate(nodes: int) -> Tensor:
-        u, weight = (torch.from_numpy(a) for a in np.polynomial.legendre.leggauss(nodes))
-        u, a, b = (u + 1) / 2, first.unsqueeze(1), last.unsqueeze(1)
+        u, weight, _ = gauss_legendre(nodes)
+        a, b = first.unsqueeze(1), last.unsqueeze(1)
         geometric = (b / a) ** u  # rho = a (b / a)^u, or a (1 - u) to rho = 0
         at = torch.where(b > 0, a * geometric, a * (1 - u))
-        measure = torch.where(b > 0, at * (b / a).log(), -a) * weight / 2
+        measure = torch.where(b > 0, at * (b / a).log(), -a) * weight
         if rate is not None:
             measure = measure * rate(at, steps.unsqueeze(1))
         x = {"t": path.time_at, "rho": lambda r: r, "log_rho": torch.log}[variable](at)

@@ -2,7 +2,6 @@
 
 from collections.abc import Sequence
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -10,6 +9,7 @@ from steadyflow.diffusions import LinearDiffusion
 from steadyflow.diffusions.linear import factor
 from steadyflow.grids import Grid
 from steadyflow.paths import GaussianPath
+from steadyflow.quadrature import gauss_legendre
 from steadyflow.samplers.linear import LinearSampler, Row
 
 TOLERANCE = 1e-11  # of the coefficients that have no closed form, relative to the largest of a step
@@ -107,14 +107,14 @@ class GDDIM(LinearSampler):
     def _quadrature(self, nodes: Tensor, t: Tensor, s: Tensor, panels: int) -> Tensor:
         """int_t^s Psi(s, tau) B_tau [O_tau^T] l_j(tau) dtau, (q, *F, k, k), tau = v^2: B grows like 1 / v at t = 0."""
         d = self.diffusion
-        x, w = (torch.from_numpy(v) for v in np.polynomial.legendre.leggauss(16))
+        x, w, _ = gauss_legendre(16)
         low, width = t.sqrt(), (s.sqrt() - t.sqrt()) / panels
-        v = (low + width * (torch.arange(panels)[:, None] + 0.5 * (x + 1))).flatten()
+        v = (low + width * (torch.arange(panels)[:, None] + x)).flatten()
         tau = v * v
         kernel = d.transition(s, tau) @ d.rate(tau)
         if self.k == "L":
             kernel = kernel @ d.rotation(tau).mT
-        weights = 0.5 * width * w.repeat(panels) * 2 * v
+        weights = width * w.repeat(panels) * 2 * v
         basis = torch.stack(
             [
                 torch.stack([(tau - other) / (node - other) for k, other in enumerate(nodes) if k != j]).prod(0)

@@ -74,8 +74,7 @@ class RK45(Sampler):
     ) -> Tensor:
         def rate(x: Tensor, t: Tensor, rows: Tensor) -> Tensor:
             (alpha, sigma), (p, q) = self.path(t), self.path.velocity(t)
-            given = {name: value[rows.to(value.device)] for name, value in condition.items()}
-            return combine(p, x, q, denoiser(x, alpha, sigma, **given))
+            return combine(p, x, q, denoiser(x, alpha, sigma, **taken(condition, rows)))
 
         x = noise_start(self.path, torch.tensor(self.start, dtype=torch.float64), noise) if start is None else start
         x = dormand_prince(rate, x, self.start, self.end, self.rtol, self.atol, progress)
@@ -121,16 +120,16 @@ def dormand_prince(
                 f"the velocity is not finite at evaluation {calls - 6 + i} (t = {t.min():.4g}); "
                 "the network returned NaN"
             )
-        taken = error <= 1
-        t = torch.where(taken, torch.where(last, end, t + h), t)
+        passed = error <= 1
+        t = torch.where(passed, torch.where(last, end, t + h), t)
         h = h * (0.9 * error.clamp(min=1e-10) ** -0.2).clamp(0.2, 10).clamp(max=torch.where(refused, 1.0, 10.0))
-        refused = ~taken
+        refused = ~passed
         if (h.abs() < 1e-13 * abs(span))[refused].any():
             raise FloatingPointError(f"the step shrinks to nothing at t = {t.min():.4g}; raise rtol and atol")
-        if taken.all():
+        if passed.all():
             x, k[0] = y, k[6]
         else:
-            mask = expand(taken, x).bool()
+            mask = expand(passed, x).bool()
             x, k[0] = torch.where(mask, y, x), torch.where(mask, k[6], k[0])
         under_way = t != end
         if not under_way.all():
@@ -142,6 +141,11 @@ def dormand_prince(
             done = len(out) - len(rows) + float(((t - start) / span).sum())
             progress(done / len(out))
     return out
+
+
+def taken(condition: dict[str, Tensor], rows: Tensor) -> dict[str, Tensor]:
+    """The conditions of these rows; rows that are all there are in order, and need no copy."""
+    return {k: v if len(rows) == len(v) else v[rows.to(v.device)] for k, v in condition.items()}
 
 
 def _first_step(
