@@ -1,4 +1,4 @@
-"""What a sampling step costs outside the network, beside diffusers' DDIM scheduler in the same process.
+"""What a sampling step costs outside the network, beside diffusers' schedulers and torchdiffeq in the same process.
 
     python scripts/bench/samplers.py [--threads 1] [--batch 64] [--steps 50] [--repeat 15] [--device cpu]
 
@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from steadyflow.denoisers import Denoiser, EpsDenoiser
 from steadyflow.grids import Indices, Karras
 from steadyflow.noise import NoiseSource
-from steadyflow.paths import EDM, ConditionalOT, DiscreteVariancePreserving
+from steadyflow.paths import EDM, ConditionalOT, DiscreteVariancePreserving, combine
 from steadyflow.samplers import DDIM, DDPM, DEIS, RK45, DPMpp, Euler, Heun, Sampler, UniPC
 
 
@@ -89,6 +89,25 @@ def diffusers_deis(answer: Tensor, start: Tensor, steps: int) -> Callable[[], fl
     return run
 
 
+def torchdiffeq_dopri5(denoiser: FixedDenoiser, start: Tensor, sampler: RK45) -> Callable[[], float]:
+    """Milliseconds per evaluation of torchdiffeq's dopri5 on the same equation, the whole batch sharing its steps."""
+    from torchdiffeq import odeint
+
+    times = torch.tensor([sampler.start, sampler.end], dtype=torch.float64)
+
+    def rate(t: Tensor, x: Tensor) -> Tensor:
+        (alpha, sigma), (p, q) = sampler.path(t), sampler.path.velocity(t)
+        return combine(p, x, q, denoiser(x, alpha, sigma))
+
+    @torch.no_grad()
+    def run() -> float:
+        before, begin = denoiser.calls, time.perf_counter()
+        synchronise(odeint(rate, start, times, rtol=sampler.rtol, atol=sampler.atol, method="dopri5")[-1])
+        return 1e3 * (time.perf_counter() - begin) / (denoiser.calls - before)
+
+    return run
+
+
 def adams_bashforth(answers: list[Tensor], start: Tensor, steps: int) -> Callable[[], float]:
     """Milliseconds per step of x' = a x + sum of four c_j eps_j with the numbers given: the least a step can be."""
     table = torch.rand(steps, 5, generator=torch.Generator().manual_seed(0)).tolist()
@@ -149,6 +168,7 @@ def main() -> None:
         "ddim": row(DDIM(path, grid, steps)),
         "euler": row(Euler(ConditionalOT(), Karras(), steps)),
         "heun (2 evaluations)": row(Heun(EDM(), Karras(), steps)),
+        "torchdiffeq dopri5 (per evaluation)": torchdiffeq_dopri5(fixed, start, RK45(ConditionalOT())),
         "rk45 (per evaluation)": row(RK45(ConditionalOT())),
         "diffusers DDIM, eta 1": diffusers_ddim(answer, start, steps, 1.0),
         "ddim, eta 1, wrapped": row(DDIM(path, grid, steps, eta=1.0), wrapped),
@@ -168,10 +188,11 @@ def main() -> None:
 
     medians = {name: statistics.median(values) for name, values in times.items()}
     print(f"{batch}x3x32x32 float32, {steps} steps, {device}, {arguments.threads} thread(s), torch {torch.__version__}")
-    print(f"{'sampler':28}{'ms per step':>12}{'fastest':>10}{'of diffusers':>14}")
+    print(f"{'sampler':36}{'ms per step':>12}{'fastest':>10}{'of its peer':>14}")
     for name, value in medians.items():
-        reference = medians["diffusers DDIM, eta 1" if "eta 1" in name or "ddpm" in name else "diffusers DDIM"]
-        print(f"{name:28}{value:12.3f}{min(times[name]):10.3f}{value / reference:14.2f}")
+        peer = "diffusers DDIM, eta 1" if "eta 1" in name or "ddpm" in name else "diffusers DDIM"
+        reference = medians["torchdiffeq dopri5 (per evaluation)" if "evaluation)" in name else peer]
+        print(f"{name:36}{value:12.3f}{min(times[name]):10.3f}{value / reference:14.2f}")
     deis, least = medians["deis, order 3"], medians["Adams-Bashforth floor"]
     print(
         f"deis, order 3: {deis / medians['diffusers DEIS-3']:.2f} of diffusers DEIS-3, {deis / least:.2f} of the floor"
