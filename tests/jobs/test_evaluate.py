@@ -101,6 +101,37 @@ def test_mistakes(held_out: Path, tmp_path: Path, capsys: pytest.CaptureFixture[
     assert line.startswith(f"no metric could be had: fid: no weights at {tmp_path}/absent.pt; fetch https://")
 
 
+def test_likelihood(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """metrics=nll: of the exact model of a mixture, against its own log-density; killed, it goes on."""
+    from steadyflow.samplers import Likelihood
+
+    words = ["metrics=nll", "checkpoint=analytic", "dataset=gaussian_mixture", "num_images=6", "batch_size=4"]
+    words += ["dataset.means=[[0.5,-0.5],[-0.5,0.5]]", "dataset.covariances=0.2"]
+    run, measure = [f"hydra.run.dir={tmp_path}/a", *words], Likelihood.__call__
+
+    def killed(self: Likelihood, model: Any, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        if len(x) == 2:  # the second batch
+            raise KeyboardInterrupt
+        return measure(self, model, x, *args, **kwargs)
+
+    monkeypatch.setattr(Likelihood, "__call__", killed)
+    assert cli.main(["evaluate", *run]) == 130
+    assert len((tmp_path / "a/per_image.csv").read_text().splitlines()) == 5
+    monkeypatch.setattr(Likelihood, "__call__", measure)
+    assert cli.main(["evaluate", f"resume={tmp_path}/a"]) == 0
+    found = json.loads((tmp_path / "a/metrics.json").read_text())
+    with initialize_config_dir(str(config_dir()), version_base="1.3"):
+        cfg = compose("evaluate", words)
+    data, exact = instantiate(cfg.dataset), instantiate(cfg.checkpoint).denoiser
+    x = torch.stack([data[i][0] for i in range(6)])
+    bits = -exact.log_prob(x, torch.tensor(1.0), torch.tensor(0.0)) / 2 / np.log(2)
+    assert abs(found["nll"] - float(bits.mean())) < 2e-3  # alpha(1) is not quite 0
+    assert abs(found["nll_std"] - float(bits.std()) / 6**0.5) < 2e-3
+    capsys.readouterr()
+    assert cli.main(["evaluate", "metrics=nll", "dataset.size=16", f"hydra.run.dir={tmp_path}/b"]) == 2
+    assert "checkpoint digits32 makes samples of shape (1, 32, 32)" in capsys.readouterr().err
+
+
 def test_every_option_of_the_groups_composes_and_builds() -> None:
     with initialize_config_dir(str(config_dir()), version_base="1.3"):
         for file in sorted((config_dir() / "callbacks").glob("*.yaml")):

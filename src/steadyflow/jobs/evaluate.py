@@ -15,13 +15,13 @@ from rich.table import Table
 
 from steadyflow.callbacks.evaluation import Evaluation
 from steadyflow.data import open_images
-from steadyflow.jobs import record
+from steadyflow.jobs import likelihood, record
 
 log = logging.getLogger(__name__)
 
 
 def run(cfg: DictConfig) -> dict[str, Any]:
-    """Scores cfg.images, writes metrics.json and prints a table.
+    """Scores cfg.images, writes metrics.json and prints a table. With metrics=nll, see `likelihood.score`.
 
     Returns:
         What metrics.json holds: numbers by name (None where one cannot be had), `protocol`, `reason`.
@@ -31,7 +31,12 @@ def run(cfg: DictConfig) -> dict[str, Any]:
         ValueError: too few images for a metric, images of different sizes, pairs that do not match; or not one metric
             that can be had.
     """
+    cfg = record.resumed(cfg)
     directory = Path(HydraConfig.get().runtime.output_dir)
+    if "likelihood" in cfg:
+        results = likelihood.score(cfg, directory)
+        Console().print(table(results))
+        return results
     if "_target_" not in (cfg.callbacks.get("evaluation") or {}) or not cfg.callbacks.evaluation.metrics:
         raise ValueError("no metric is chosen; set callbacks, e.g. callbacks=default or callbacks=[fid,accuracy]")
     images = open_images(cfg.images)
@@ -52,7 +57,20 @@ def run(cfg: DictConfig) -> dict[str, Any]:
 
 def table(results: dict[str, Any]) -> Table:
     """A row per metric: its number with its spread, and what it was compared with or why there is none."""
-    shown = ("count", "features", "resize", "reference", "subset_size", "k", "splits", "data_range", "window")
+    shown = (
+        "count",
+        "of",
+        "checkpoint",
+        "trace",
+        "features",
+        "resize",
+        "reference",
+        "subset_size",
+        "k",
+        "splits",
+        "data_range",
+        "window",
+    )
     rows = Table("metric", "value", "", title="evaluation")
     for key, value in results.items():
         if key in ("protocol", "reason") or key.endswith("_std"):

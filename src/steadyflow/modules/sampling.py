@@ -17,7 +17,8 @@ from steadyflow.noise import NoiseSource
 from steadyflow.samplers.sampler import Progress, Sampler
 
 # Top counter words, beyond the streams of training (data/batches.py); the steps of sampling have 0.
-LABELS, MEASUREMENT = (2**33 + i for i in range(2))  # of random labels and of the noise of measurements
+# Of random labels, the noise of measurements, uniform dequantisation, and the random signs of a trace.
+LABELS, MEASUREMENT, DEQUANTISATION, SIGNS = (2**33 + i for i in range(4))
 
 
 class Indices(NamedTuple):

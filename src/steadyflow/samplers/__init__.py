@@ -8,6 +8,7 @@ from steadyflow.samplers.er_sde import ERSDE
 from steadyflow.samplers.euler import Euler
 from steadyflow.samplers.gddim import GDDIM
 from steadyflow.samplers.heun import Heun
+from steadyflow.samplers.likelihood import Likelihood
 from steadyflow.samplers.linear import EulerMaruyama, LinearRK45, LinearSampler
 from steadyflow.samplers.parallel import Parallel, in_parallel
 from steadyflow.samplers.restart import Restart
@@ -29,6 +30,7 @@ __all__ = [
     "Euler",
     "EulerMaruyama",
     "Heun",
+    "Likelihood",
     "LinearRK45",
     "LinearSampler",
     "OneStepSampler",

@@ -121,7 +121,7 @@ class LinearSampler(Sampler):
             if row.corrections is not None:
                 y = _sum(d, kept, row.corrections, [eps(y, self.times[n + 1]), *past])
             if row.std is not None:
-                y = y + d.apply(row.std, d.to_basis(state_noise(d, noise, n + 1).double()))
+                y = y + d.apply(row.std, d.to_basis(state_noise(d.variables, noise, n + 1).double()))
             sums.append(y.sum())  # one number a step: the check below synchronises once
             if progress is not None:
                 progress((n + 1) / self.steps)
@@ -222,9 +222,8 @@ def noise_model(model: nn.Module, path: GaussianPath | LinearDiffusion) -> nn.Mo
     return DenoiserNoise(model, path) if isinstance(path, GaussianPath) else model  # type: ignore[arg-type]
 
 
-def state_noise(diffusion: LinearDiffusion, noise: NoiseSource, step: int) -> Tensor:
-    """z (B, k C, *rest): variable j takes noise(k step + j)."""
-    k = diffusion.variables
+def state_noise(k: int, noise: NoiseSource, step: int) -> Tensor:
+    """z (B, k C, *rest) of a state of k variables: variable j takes noise(k step + j)."""
     return torch.cat([noise(k * step + j) for j in range(k)], 1)
 
 
@@ -232,7 +231,7 @@ def first_state(diffusion: LinearDiffusion, t: Tensor, noise: NoiseSource, start
     """R_t z, or the state given, in the basis in float64."""
     if start is not None:
         return diffusion.to_basis(start.double())
-    return diffusion.apply(diffusion.root(t), diffusion.to_basis(state_noise(diffusion, noise, 0).double()))
+    return diffusion.apply(diffusion.root(t), diffusion.to_basis(state_noise(diffusion.variables, noise, 0).double()))
 
 
 def _sum(
