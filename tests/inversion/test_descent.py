@@ -85,6 +85,24 @@ def test_the_update_is_adam(mixture, noise, target, ddim):
     torch.testing.assert_close(found.curve, torch.stack(losses), rtol=1e-10, atol=1e-12)
 
 
+class Blind(Naive):
+    """Its losses say nothing."""
+
+    exact = False
+
+    def gradient(self, chain, x, target, memory):
+        loss, g, memory = super().gradient(chain, x, target, memory)
+        return torch.ones_like(loss), g, memory
+
+
+def test_an_estimated_loss_is_checked_at_the_end(mixture, noise, target, ddim):
+    """All estimates are the same, so the first x_T is kept: unless the last is nearer, which it is."""
+    found = Blind(lr=0.05, epochs=6, threshold=0)(mixture, ddim(4), target, noise)
+    exact = Naive(lr=0.05, epochs=7, threshold=0)(mixture, ddim(4), target, noise)
+    assert (exact.curve.diff(dim=0) < 0).all()
+    assert torch.equal(found.latent, exact.latent)
+
+
 METHODS: dict[str, Callable] = {
     "naive": lambda **options: Naive(lr=0.1, checkpoint=False, **options),
     "deq": lambda **options: DEQInversion(lr=0.1, **options),

@@ -81,7 +81,10 @@ def test_what_a_run_leaves(tmp_path, capsys):
     assert metrics["ddim_inversion/nfe"] == 6
     assert metrics["edict/nfe"] == 12
     epochs = files.read("deq")["epochs"]
-    assert metrics["deq/nfe"] == pytest.approx(7 * epochs.mean())  # one sweep and one step an epoch
+    assert metrics["deq/nfe"] == pytest.approx(7 * epochs.mean())  # the chain and one step an epoch
+    for method in ("naive", "deq"):  # the loss reported is the latent's, and the least of the curve
+        of = files.read(method)
+        np.testing.assert_allclose(of["loss"], np.nanmin(of["curve"], 1), rtol=1e-4)
     assert metrics["naive/nfe"] == pytest.approx(12 * files.read("naive")["epochs"].mean())  # recomputed once
     assert metrics["protocol"]["images"] == "digits test"
 

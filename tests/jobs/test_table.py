@@ -55,7 +55,7 @@ columns:
   x2: {metric: fid, set: "", factor: 2}
 rows:
   two: {set: "steps=2"}
-  three: {set: "steps=3"}
+  three: {set: "steps=3", scale: {mini: "steps=5"}}
   never: {set: "steps=4", needs: time_machine}
 published:
   two: [2.0, "<= 9"]
@@ -159,6 +159,7 @@ def test_scales(probe: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert {line["difference"] for line in rows("mini").values()} == {""}
     assert "no difference is given" in Path("outputs/table/mine/mini/table.md").read_text()
     assert not Path("outputs/table/mine/full").exists()
+    assert {line.split()[0] for line in ran()} == {"2", "5"}  # a row may have a scale of its own
     assert "table mine has no scale 'huge'; it has full, mini" in mistake(capsys, "table=mine", "scale=huge")
 
 

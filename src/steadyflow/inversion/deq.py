@@ -31,17 +31,18 @@ class DEQInversion(Descent):
     equilibrium, and where the solver starts has no say in it, so x_T alone is optimised here; the other states are the
     solver's, which goes on from those of the last epoch (`warm`).
 
-    A solver that stops early (configs/method/deq.yaml: one sweep an epoch) lags behind x_T, and so does the loss it
-    sees, by which images leave: far cheaper, but it bears no large lr. The public code of the source lets the gradient
-    through the linear term of x_T alone.
+    A solver that stops early (configs/method/deq_sweep.yaml: one sweep an epoch) lags behind x_T, and so does the loss
+    it sees; it bears no large lr. A loss at or below the threshold is therefore measured again on the sampler's own
+    steps, from which the solver then goes on, so that no image leaves on a loss that is not its latent's. The public
+    code of the source lets the gradient through the linear term of x_T alone.
 
     gradient=phantom takes `phantom_steps` damped steps of F and differentiates all of them; gradient=ift is the exact
     gradient of L, by the implicit function theorem. Each costs N evaluations for each step of F.
     Source: Pokle 2025, Algorithms 2-4, Eq. 3.15-3.18; with a stochastic sampler (DEQ-sDDIM), Eq. 3.11-3.13.
 
     Args:
-        solver: of the equilibrium. None takes the sampler's steps one after another: exact and N evaluations, as cheap
-            as one iteration of a solver; the solver needs several, but each is one call for all states in parallel.
+        solver: of the equilibrium. None takes the sampler's steps one after another (F is triangular): exact, and of N
+            evaluations, as many as one iteration of a solver, which takes them as one call for all states in parallel.
         gradient: one_step, phantom or ift.
         tau: the damping of one_step (which Adam undoes) and of phantom, 0 < tau <= 1.
         phantom_steps: >= 1.
@@ -76,6 +77,7 @@ class DEQInversion(Descent):
         if not 0 < tau <= 1:
             raise ValueError(f"need 0 < tau <= 1, got {tau}")
         self.solver, self.tau, self.variance, self.warm, self.max_batch = solver, float(tau), variance, warm, max_batch
+        self.exact = solver is None
         self.through: Gradient | None = None
         if gradient == "phantom":
             self.through = Phantom(self.tau, phantom_steps)
@@ -101,11 +103,20 @@ class DEQInversion(Descent):
             x = x.detach().requires_grad_()
             if self.through is None:
                 z = guess if self.solver is None else solver(sweep, guess, x, *rest).z
+                loss, z = self._checked(chain, x, target, z)
                 onward = 2 * self.tau * float(trajectory.scale[-1] / trajectory.scale[0]) * (z[:, -1] - target)
                 (g,) = torch.autograd.grad(chain.step(0, x), x, onward)
-                loss = squared_distance(z[:, -1], target)
             else:
                 z = Equilibrium(solver, self.through)(sweep, guess, x, *rest).z
-                loss = squared_distance(z[:, -1], target)
-                (g,) = torch.autograd.grad(loss.sum(), x)
-        return loss.detach(), g, z.detach() if self.warm and self.solver is not None else None
+                (g,) = torch.autograd.grad(squared_distance(z[:, -1], target).sum(), x)
+                loss, z = self._checked(chain, x, target, z.detach())
+        return loss, g, z if self.warm and self.solver is not None else None
+
+    def _checked(self, chain: Chain, x: Tensor, target: Tensor, z: Tensor) -> tuple[Tensor, Tensor]:
+        """The losses of the trajectories, and these: the sampler's own where the loss would end the search."""
+        loss = squared_distance(z[:, -1], target)
+        near = (loss <= self.threshold).nonzero()[:, 0]
+        if not self.exact and len(near):
+            z = z.index_copy(0, near, chain.rows(near).states(x.detach()[near]))
+            loss = squared_distance(z[:, -1], target)
+        return loss, z

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from steadyflow.denoisers import Denoiser
-from steadyflow.inversion.chain import Chain, chain_noises
+from steadyflow.inversion.chain import Chain, chain_noises, squared_distance
 from steadyflow.inversion.ddim_inversion import DDIMInversion
 from steadyflow.inversion.inverter import Inversion, Inverter
 from steadyflow.noise import NoiseSource
@@ -25,7 +25,9 @@ class Descent(Inverter):
         x_T = x_T - lr (m / (1 - 0.9^k)) / (sqrt(v / (1 - 0.999^k)) + 1e-8)        at epoch k = 1, 2, ...
 
     An image leaves the batch once its loss has reached the threshold, so a batch of N ends as N batches of one do. The
-    result is the x_T of the least loss seen; its image is the sequential sampler's.
+    result is the x_T of the least loss; its image is the sequential sampler's. Where the method only estimates the loss
+    (`exact` is False), an image that is there to the end gets the better of two, by the loss of the sequential sampler:
+    the x_T of the least estimate, and the last one.
     Source: Pokle 2025, Algorithms 1-3; Kingma & Ba 2015, Algorithm 1.
 
     Args:
@@ -42,6 +44,8 @@ class Descent(Inverter):
         ValueError: an option out of range; a sampler that is no one-step sampler.
         FloatingPointError: a loss that is not finite, with the epoch.
     """
+
+    exact = True  # whether the loss that `gradient` returns is that of the sequential sampler
 
     def __init__(
         self,
@@ -129,6 +133,11 @@ class Descent(Inverter):
             m, v = m.lerp(g, 0.1), v.lerp(g * g, 0.001)
             x = x - self.lr * (m / (1 - 0.9**epoch)) / ((v / (1 - 0.999**epoch)).sqrt() + 1e-8)
             share += (now() - begun) / len(here)
+        if not self.exact and len(keep):
+            begun, on = now(), here.to(x.device)
+            loss, last = (squared_distance(chain.states(v)[:, -1], aim) for v in (best[on], x))
+            best[on[last < loss]] = x[last < loss]
+            seconds[here] += (now() - begun) / len(here)
         return Inversion(best, epochs, seconds, torch.stack(curve), torch.stack(times))
 
     def image(

@@ -105,7 +105,7 @@ def read(name: str, config: Mapping[str, Any], scale: str | None = None) -> Tabl
         rows: {LABEL: {set: "sampler.steps=10", needs: [...]}}
         published: {ROW: [a value for each column; `none` where the source has no such cell]}, or null
         scale: {mini: "dataset=digits checkpoint=digits32 num_samples=256"}      further overrides, by scale;
-                                              also {set: ..., needs: [...]}
+                                              also {set: ..., needs: [...]}; and in a row, of that row
         seeds: [0, 1, 2]                      of each cell, [0] without
 
     `set` holds overrides as on a command line. Where several name one key, the scale's wins over the row's, that over
@@ -140,9 +140,10 @@ def read(name: str, config: Mapping[str, Any], scale: str | None = None) -> Tabl
     if list(values) != list(rows):
         raise ValueError(f"table {name}: the rows of `published` must be those of `rows`, in their order")
     further = scales[chosen] if isinstance(scales[chosen], Mapping) else {"set": scales[chosen]}
-    extra = overrides(str(further.get("set") or ""))
+    common = overrides(str(further.get("set") or ""))
     cells = []
     for row, r in rows.items():
+        extra = common | overrides(str((r.get("scale") or {}).get(chosen) or ""))
         if len(values[row]) != len(columns):
             raise ValueError(f"table {name}, row {row}: {len(values[row])} published values for {len(columns)} columns")
         for (column, c), value in zip(columns.items(), values[row], strict=True):
