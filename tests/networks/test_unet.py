@@ -64,10 +64,10 @@ def closed_form(c: int, outer: int, mult: tuple[int, ...], blocks: int, attentio
         return res(a, a) if updown else conv(a, a)
 
     levels = [c * m for m in mult]
-    total = (c + 1) * width + (width + 1) * width + (classes + 1) * width * bool(classes) + conv(outer, c)
-    skips = [c]
+    total = (c + 1) * width + (width + 1) * width + (classes + 1) * width * bool(classes) + conv(outer, levels[0])
+    skips = [levels[0]]
     for k, w in enumerate(levels):
-        inside = [levels[max(k - 1, 0)] if k else c] + [w] * (blocks - 1)
+        inside = [levels[max(k - 1, 0)]] + [w] * (blocks - 1)
         total += sum(res(a, w) + (attend(w) if k in attention else 0) for a in inside)
         skips += [w] * blocks
         if k + 1 < len(levels):

@@ -28,11 +28,13 @@ class NetworkDenoiser(Denoiser):
             parameters; a network that also predicts a variance returns (B, 2 C, ...), of which the first C channels
             are used.
         path: the path it was trained on.
+        clock: (a, b); the network's own time is max(a t + b, 0), computed in float64. (1000, -1) gives the index of a
+            chain of 1000 steps, whose index i stands at t = (i + 1) / 1000; (-1, 1) runs the other way.
     """
 
     max_ratio = math.inf  # larger noise-to-signal ratios are evaluated here
 
-    def __init__(self, network: nn.Module, path: GaussianPath):
+    def __init__(self, network: nn.Module, path: GaussianPath, clock: tuple[float, float] = (1.0, 0.0)):
         super().__init__()
         if not isinstance(path, GaussianPath):
             raise ValueError(
@@ -40,6 +42,8 @@ class NetworkDenoiser(Denoiser):
                 "prediction=noise"
             )
         self.network, self.path = network, path
+        rate, start = clock
+        self.clock = (float(rate), float(start))
 
     @abstractmethod
     def weights(self, t: Tensor, alpha: Tensor, sigma: Tensor) -> tuple[Tensor, Tensor]:
@@ -56,7 +60,8 @@ class NetworkDenoiser(Denoiser):
 
     def inputs(self, x: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
         """The state and the time as the network takes them; a preconditioned network scales them."""
-        return x, t
+        rate, start = self.clock
+        return x, (rate * t + start).clamp(min=0)
 
     def output(self, x: Tensor, t: Tensor, **condition: Tensor) -> Tensor:
         """The raw prediction (B, *S) for x on the training path at time t () or (B,)."""

@@ -1,5 +1,7 @@
 """The U-Net's parts: normalisation, residual block, self-attention, changes of resolution."""
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
@@ -15,12 +17,15 @@ def zero(module: nn.Module) -> nn.Module:
 class GroupNorm(nn.GroupNorm):
     """Group normalisation in float32 at least, whatever the precision around it (Wu & He 2018).
 
-    The number of groups is the largest divisor of the channels that is at most 32 and leaves groups of 4 or more.
+    Args:
+        channels: of the input.
+        groups: None for the largest divisor of the channels that is at most 32 and leaves groups of 4 or more.
+        eps: added to the variance.
     """
 
-    def __init__(self, channels: int):
+    def __init__(self, channels: int, groups: int | None = None, eps: float = 1e-5):
         limit = max(1, min(32, channels // 4))
-        super().__init__(max(g for g in range(1, limit + 1) if channels % g == 0), channels)
+        super().__init__(groups or max(g for g in range(1, limit + 1) if channels % g == 0), channels, eps)
 
     def forward(self, x: Tensor) -> Tensor:
         if x.dtype not in (torch.bfloat16, torch.float16):
@@ -33,18 +38,22 @@ class Resample(nn.Module):
     """Halves (`down`) or doubles (`up`) height and width, with a 3 x 3 convolution (`conv`) or without parameters.
 
     Down: the convolution has stride 2, else 2 x 2 means. Up: nearest neighbours, then the convolution if any.
+    `asymmetric`: the convolution down pads the right and the lower edge alone, as TensorFlow's does.
     """
 
-    def __init__(self, channels: int, direction: str, conv: bool):
+    def __init__(self, channels: int, direction: str, conv: bool, asymmetric: bool = False):
         super().__init__()
-        self.up = direction == "up"
-        self.conv = nn.Conv2d(channels, channels, 3, stride=1 if self.up else 2, padding=1) if conv else None
+        self.up, self.asymmetric = direction == "up", asymmetric and direction == "down"
+        stride, padding = 1 if self.up else 2, 0 if self.asymmetric else 1
+        self.conv = nn.Conv2d(channels, channels, 3, stride, padding) if conv else None
 
     def forward(self, x: Tensor) -> Tensor:
         if self.up:
             x = functional.interpolate(x, scale_factor=2.0, mode="nearest")
         elif self.conv is None:
             return functional.avg_pool2d(x, 2)
+        elif self.asymmetric:
+            x = functional.pad(x, (0, 1, 0, 1))
         return x if self.conv is None else self.conv(x)
 
 
@@ -67,18 +76,14 @@ class ResBlock(nn.Module):
         dropout: float = 0.0,
         scale_shift: bool = False,
         direction: str | None = None,
+        norm: Callable[[int], nn.Module] = GroupNorm,
     ):
         super().__init__()
         self.scale_shift = scale_shift
-        self.norm1, self.conv1 = (
-            GroupNorm(channels),
-            nn.Conv2d(channels, out_channels, 3, padding=1),
-        )
+        self.norm1, self.conv1 = norm(channels), nn.Conv2d(channels, out_channels, 3, padding=1)
         self.condition = nn.Linear(condition_dim, out_channels * (2 if scale_shift else 1))
-        self.norm2, self.conv2 = (
-            GroupNorm(out_channels),
-            zero(nn.Conv2d(out_channels, out_channels, 3, padding=1)),
-        )
+        self.norm2 = norm(out_channels)
+        self.conv2 = zero(nn.Conv2d(out_channels, out_channels, 3, padding=1))
         self.dropout = nn.Dropout(dropout)
         self.skip = nn.Identity() if channels == out_channels else nn.Conv2d(channels, out_channels, 1)
         self.resample = nn.Identity() if direction is None else Resample(channels, direction, conv=False)
@@ -103,12 +108,12 @@ class SelfAttention(nn.Module):
         ValueError: if the heads do not divide the channels.
     """
 
-    def __init__(self, channels: int, num_heads: int = 1):
+    def __init__(self, channels: int, num_heads: int = 1, norm: Callable[[int], nn.Module] = GroupNorm):
         super().__init__()
         if num_heads < 1 or channels % num_heads:
             raise ValueError(f"{num_heads} attention heads do not divide {channels} channels")
         self.num_heads = num_heads
-        self.norm, self.qkv = GroupNorm(channels), nn.Linear(channels, 3 * channels)
+        self.norm, self.qkv = norm(channels), nn.Linear(channels, 3 * channels)
         self.out = zero(nn.Linear(channels, channels))
 
     def forward(self, x: Tensor) -> Tensor:

@@ -18,19 +18,22 @@ class SinusoidalTime(nn.Module):
     Args:
         dim: number of features, even.
         scale: s.
+        endpoint: without it the exponent is -k / (dim / 2), so that 1 / 10000 is not among the frequencies: those of
+            Dhariwal & Nichol 2021.
     """
 
-    def __init__(self, dim: int, scale: float = 1000.0):
+    def __init__(self, dim: int, scale: float = 1000.0, endpoint: bool = True):
         super().__init__()
         if dim < 4 or dim % 2:
             raise ValueError(f"sinusoidal time features need an even dimension of at least 4, got {dim}")
-        self.pairs, self.scale = dim // 2, float(scale)
+        self.pairs, self.scale, self.endpoint = dim // 2, float(scale), endpoint
 
     def forward(self, t: Tensor) -> Tensor:
         """(B,) -> (B, dim), in float32 at least: not a buffer, which `network.bfloat16()` would round."""
         t = t if t.dtype == torch.float64 else t.float()
         k = torch.arange(self.pairs, dtype=t.dtype, device=t.device)
-        angle = t[:, None] * (self.scale * torch.exp(k * (-math.log(10000) / (self.pairs - 1))))
+        rate = -math.log(10000) / (self.pairs - 1 if self.endpoint else self.pairs)
+        angle = t[:, None] * (self.scale * torch.exp(k * rate))
         return torch.cat([angle.sin(), angle.cos()], dim=1)
 
 
@@ -46,15 +49,16 @@ class Conditioning(nn.Module):
         features: module (B,) -> (B, feature_dim) of the time.
         feature_dim, dim: sizes of the features and of the vector.
         num_classes: 0 for a network without labels.
+        null_label: without it the table has no last row, and every call needs a label.
     """
 
-    def __init__(self, features: nn.Module, feature_dim: int, dim: int, num_classes: int = 0):
+    def __init__(self, features: nn.Module, feature_dim: int, dim: int, num_classes: int = 0, null_label: bool = True):
         super().__init__()
         if num_classes < 0:
             raise ValueError(f"need num_classes >= 0, got {num_classes}")
-        self.features, self.num_classes = features, num_classes
+        self.features, self.num_classes, self.null_label = features, num_classes, null_label
         self.first, self.second = nn.Linear(feature_dim, dim), nn.Linear(dim, dim)
-        self.table = nn.Embedding(num_classes + 1, dim) if num_classes else None
+        self.table = nn.Embedding(num_classes + null_label, dim) if num_classes else None
 
     def forward(self, t: Tensor, label: Tensor | None = None) -> Tensor:
         """t (B,), label (B,) integers in 0..num_classes or None -> (B, dim).
@@ -72,6 +76,10 @@ class Conditioning(nn.Module):
                 raise ValueError("a label was given to a network without classes: build it with num_classes > 0")
             return out
         if label is None:
+            if not self.null_label:
+                raise ValueError(
+                    f"this network has no unconditional model: give each sample a class, 0..{self.num_classes - 1}"
+                )
             return out + self.table.weight[-1].to(out.dtype)
         self._check(label, len(t))
         return out + self.table(label).to(out.dtype)
@@ -82,8 +90,8 @@ class Conditioning(nn.Module):
             raise ValueError(f"label must be integers of shape ({batch},), got {found}")
         if label.device.type == "cpu" and not torch.compiler.is_compiling() and batch:
             low, high = (int(v) for v in label.aminmax())
-            if low < 0 or high > self.num_classes:
+            if low < 0 or high >= self.num_classes + self.null_label:
                 raise ValueError(
                     f"label {low if low < 0 else high} is out of range: classes are 0..{self.num_classes - 1}, "
-                    f"the null label is {self.num_classes}"
+                    + (f"the null label is {self.num_classes}" if self.null_label else "and there is no null label")
                 )

@@ -8,26 +8,9 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 
-from steadyflow.networks.blocks import (
-    GroupNorm,
-    Resample,
-    ResBlock,
-    SelfAttention,
-    zero,
-)
+from steadyflow.networks.blocks import zero
 from steadyflow.networks.conditioning import Conditioning, SinusoidalTime
-
-
-class Stage(nn.Module):
-    """One step of the U-Net: a residual block with or without attention after it, or a plain change of resolution."""
-
-    def __init__(self, block: ResBlock | Resample, attention: SelfAttention | None = None):
-        super().__init__()
-        self.block, self.attention = block, attention
-
-    def forward(self, x: Tensor, c: Tensor) -> Tensor:
-        x = self.block(x, c) if isinstance(self.block, ResBlock) else self.block(x)
-        return x if self.attention is None else self.attention(x)
+from steadyflow.networks.parts import Parts, level_resolutions
 
 
 class UNet(nn.Module):
@@ -42,7 +25,7 @@ class UNet(nn.Module):
 
     Args:
         in_channels: C.
-        model_channels: width of the first level.
+        model_channels: width of the first level, where channel_mult begins with 1, and a quarter of the condition's.
         channel_mult: widths of the levels, as multiples of model_channels; each further level halves the resolution.
         num_res_blocks: residual blocks per level.
         attention_resolutions: heights at which each block is followed by attention (the middle always has it).
@@ -50,17 +33,22 @@ class UNet(nn.Module):
         num_heads: attention heads; or head_channels: channels per head, in which case num_heads is left at 1.
         dropout: inside the residual blocks.
         num_classes: 0 without labels; else label num_classes is the null label, and label None means it.
+        null_label: without it there is no null label, and a network with classes needs a label.
         learned_sigma: the output has 2C channels, the second half being the variance of Nichol & Dhariwal 2021.
         scale_shift_norm: condition by scale and shift after the norm, in place of addition before it.
         resblock_updown: change resolution inside a residual block, in place of a convolution.
+        conv_resample: without it (and without resblock_updown) resolution changes by means and copies alone.
+        asymmetric_padding: the convolutions that halve pad the right and the lower edge alone, as in Ho et al. 2020.
         patch_size: p x p pixels become channels before the first level and pixels again after the head: the whole
             network runs at 1/p of the resolution, and the attention resolutions count there.
-        time_scale: s of the sinusoidal features of s t.
+        time_scale, time_endpoint: of the sinusoidal features of the time; see SinusoidalTime.
+        norm_groups, norm_eps: of every group normalisation; see GroupNorm.
         input_skip: out = f(c) head + g(c) x with learned scalars f, g of the time and label. For eps-prediction of
             small images: the last norm divides by the sample's own standard deviation, so that a short training leaves
             an error of about 1 / (2 C H W) where x is nearly eps, and x_0 = (x - sigma eps) / alpha multiplies it by
             1 / alpha^2.
-        checkpoint_activations: recompute each stage in the backward pass (less memory, one more forward).
+        checkpoint_activations: recompute each stage in the backward pass (less memory, one more forward). An attribute
+            too: it can be set on a network that is there.
 
     Raises:
         ValueError: sizes that do not divide, heads that do not divide, a resolution the network never has; in the
@@ -71,7 +59,7 @@ class UNet(nn.Module):
         self,
         in_channels: int = 3,
         model_channels: int = 128,
-        channel_mult: Sequence[int] = (1, 2, 2, 2),
+        channel_mult: Sequence[float] = (1, 2, 2, 2),
         num_res_blocks: int = 2,
         attention_resolutions: Sequence[int] = (16,),
         image_size: int = 32,
@@ -79,81 +67,61 @@ class UNet(nn.Module):
         head_channels: int | None = None,
         dropout: float = 0.0,
         num_classes: int = 0,
+        null_label: bool = True,
         learned_sigma: bool = False,
         scale_shift_norm: bool = False,
         resblock_updown: bool = False,
+        conv_resample: bool = True,
+        asymmetric_padding: bool = False,
         patch_size: int = 1,
         time_scale: float = 1000.0,
+        time_endpoint: bool = True,
+        norm_groups: int | None = None,
+        norm_eps: float = 1e-5,
         input_skip: bool = False,
         checkpoint_activations: bool = False,
     ):
         super().__init__()
-        self.in_channels, self.num_classes, self.patch_size = (
-            in_channels,
-            num_classes,
-            patch_size,
-        )
+        self.in_channels, self.num_classes, self.patch_size = in_channels, num_classes, patch_size
         self.checkpoint_activations = checkpoint_activations
         self.divisor = patch_size * 2 ** (len(channel_mult) - 1)
         if image_size % self.divisor:
             raise ValueError(f"image_size {image_size} is not a multiple of {self.divisor}, which {self._why()}")
-        resolutions = [image_size // patch_size // 2**level for level in range(len(channel_mult))]
-        if absent := sorted(set(attention_resolutions) - set(resolutions)):
-            raise ValueError(f"no level has the attention resolution {absent[0]}: the levels are at {resolutions}")
-        if head_channels is not None and num_heads != 1:
-            raise ValueError(f"give num_heads or head_channels, not both: got {num_heads} and {head_channels}")
-
-        width = 4 * model_channels
-        features = SinusoidalTime(model_channels, time_scale)
-        self.conditioning = Conditioning(features, model_channels, width, num_classes)
-        outer = in_channels * patch_size**2
-
-        def attention(channels: int) -> SelfAttention:
-            if head_channels is None:
-                return SelfAttention(channels, num_heads)
-            if channels % head_channels:
-                raise ValueError(f"head_channels {head_channels} does not divide {channels} channels")
-            return SelfAttention(channels, channels // head_channels)
-
-        def block(channels: int, out_channels: int, direction: str | None = None) -> ResBlock:
-            return ResBlock(channels, out_channels, width, dropout, scale_shift_norm, direction)
-
-        def resample(channels: int, direction: str) -> Stage:
-            plain = Resample(channels, direction, conv=True)
-            return Stage(block(channels, channels, direction) if resblock_updown else plain)
-
-        self.stem = nn.Conv2d(outer, model_channels, 3, padding=1)
-        self.down, self.up = nn.ModuleList(), nn.ModuleList()
-        channels, skips = model_channels, [model_channels]
-        for level, (mult, resolution) in enumerate(zip(channel_mult, resolutions, strict=True)):
-            for _ in range(num_res_blocks):
-                after = attention(mult * model_channels) if resolution in attention_resolutions else None
-                self.down.append(Stage(block(channels, mult * model_channels), after))
-                channels = mult * model_channels
-                skips.append(channels)
-            if level < len(channel_mult) - 1:
-                self.down.append(resample(channels, "down"))
-                skips.append(channels)
-        self.middle = nn.ModuleList(
-            [
-                Stage(block(channels, channels), attention(channels)),
-                Stage(block(channels, channels)),
-            ]
+        resolutions = level_resolutions(image_size // patch_size, len(channel_mult), attention_resolutions)
+        attends = [resolution in attention_resolutions for resolution in resolutions]
+        widths = [int(mult * model_channels) for mult in channel_mult]
+        outer, condition_dim = in_channels * patch_size**2, 4 * model_channels
+        parts = Parts(
+            condition_dim,
+            dropout,
+            scale_shift_norm,
+            resblock_updown,
+            conv_resample,
+            asymmetric_padding,
+            num_heads,
+            head_channels,
+            norm_groups,
+            norm_eps,
         )
+
+        features = SinusoidalTime(model_channels, time_scale, time_endpoint)
+        self.conditioning = Conditioning(features, model_channels, condition_dim, num_classes, null_label)
+        self.stem = nn.Conv2d(outer, widths[0], 3, padding=1)
+        self.down, skips = parts.way_down(widths, num_res_blocks, attends)
+        self.middle, channels = parts.middle(widths[-1]), widths[-1]
+        self.up = nn.ModuleList()
         self.joins: list[bool] = []  # for each stage of the way up: does it take an output of the way down?
-        for level in reversed(range(len(channel_mult))):
+        for level in reversed(range(len(widths))):
             for _ in range(num_res_blocks + 1):
-                out = channel_mult[level] * model_channels
-                after = attention(out) if resolutions[level] in attention_resolutions else None
-                self.up.append(Stage(block(channels + skips.pop(), out), after))
+                self.up.append(parts.stage(channels + skips.pop(), widths[level], attends[level]))
                 self.joins.append(True)
-                channels = out
+                channels = widths[level]
             if level:
-                self.up.append(resample(channels, "up"))
+                self.up.append(parts.resample(channels, "up"))
                 self.joins.append(False)
-        self.norm = GroupNorm(channels)
+        self.norm = parts.norm(channels)
         self.head = zero(nn.Conv2d(channels, outer * (2 if learned_sigma else 1), 3, padding=1))
-        self.mix = cast(nn.Linear, zero(nn.Linear(width, 2))) if input_skip else None
+        self.mix = cast(nn.Linear, zero(nn.Linear(condition_dim, 2))) if input_skip else None
 
     def forward(self, x: Tensor, t: Tensor, label: Tensor | None = None) -> Tensor:
         self._check(x, t)
