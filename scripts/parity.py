@@ -227,7 +227,8 @@ def compare(row: Row, double: bool) -> tuple[int, list[float]]:
     label = torch.arange(3) * (converted.num_classes // 3) if converted.num_classes else None
     differences = []
     for dtype in (torch.float32, torch.float64) if double else (torch.float32,):
-        ours.to(dtype).eval(), theirs.to(dtype).eval()
+        ours.to(dtype).eval()
+        theirs.to(dtype).eval()
         cast = torch.Tensor.float if dtype == torch.float32 else torch.Tensor.double
         if dtype == torch.float64:
             for place, function in row.double_time.items():
