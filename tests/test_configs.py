@@ -89,11 +89,15 @@ def test_option(option: str) -> None:
         overrides = [(job, f"+{option}") for job in own]
     elif group in {"sweep", "task"}:  # the job restore, which chooses a task, is to come
         overrides = [("sample", f"+{option}")]
+    elif group == "checkpoint" and "checkpoints.public" in (CONFIGS / group / f"{name}.yaml").read_text():
+        overrides = [("prepare", option)]  # one job stands for all: there are dozens
+    elif group == "checkpoint/running":
+        overrides = [("sample", "checkpoint=path", option)]
     else:
         overrides = [(job, f"{g}={name}") for job in JOBS for g in groups(job) if g.partition("@")[0] == group]
     assert overrides, f"no job has the group {group}"
-    for job, override in overrides:
-        check(compose(job, [override]))
+    for job, *words in overrides:
+        check(compose(job, words))
 
 
 def test_the_check_sees_a_wrong_argument() -> None:

@@ -1,6 +1,19 @@
-"""Checkpoints: saved and loaded without pickled code, embedded in the package, or exact."""
+"""Checkpoints: saved and loaded without pickled code, embedded in the package, public, or exact."""
 
 from steadyflow.checkpoints.checkpoint import Checkpoint, analytic, embedded, embedded_names, load
 from steadyflow.checkpoints.files import save
+from steadyflow.checkpoints.public import Public, none, public
+from steadyflow.checkpoints.running import Running
 
-__all__ = ["Checkpoint", "analytic", "embedded", "embedded_names", "load", "save"]
+__all__ = [
+    "Checkpoint",
+    "Public",
+    "Running",
+    "analytic",
+    "embedded",
+    "embedded_names",
+    "load",
+    "none",
+    "public",
+    "save",
+]

@@ -1,7 +1,7 @@
 """What a checkpoint is once loaded, those that ship with the package, and the exact one of a dataset."""
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Protocol
@@ -9,8 +9,11 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from steadyflow.checkpoints.files import load_parts
+from steadyflow.checkpoints.files import assembled, load_parts
+from steadyflow.checkpoints.formats import convert, format_names, looks_like
 from steadyflow.checkpoints.nodes import nearest
+from steadyflow.checkpoints.running import Running
+from steadyflow.checkpoints.weights import content_hash, sha256_of
 from steadyflow.denoisers import Denoiser, Empirical, GaussianMixture, MixtureNoise, NoiseModel
 from steadyflow.diffusions import LinearDiffusion
 from steadyflow.paths import GaussianPath
@@ -67,21 +70,49 @@ class Checkpoint:
             )
 
 
-def load(file: str | Path, sha256: str | None = None, trusted: str | Sequence[str] = ()) -> Checkpoint:
-    """A checkpoint from its directory; no code of the file's is run (see `files.py` and `nodes.py`).
+def load(
+    file: str | Path,
+    sha256: str | None = None,
+    trusted: str | Sequence[str] = (),
+    format: str | None = None,
+    arguments: Mapping[str, Any] | None = None,
+    running: Running | None = None,
+) -> Checkpoint:
+    """A checkpoint from its directory, or of another project's format; no code of the file's is run.
+
+    The weights are mapped, not copied: a float32 network takes the memory of its file once, page by page as it is used.
 
     Args:
-        file: the directory (model.safetensors, config.yaml, card.md), or a train run's, whose model/ is taken.
+        file: the directory (model.safetensors, config.yaml, card.md), or a train run's, whose model/ is taken; with
+            `format` the file of that format.
         sha256: what the weights' hash must be, beyond agreeing with config.yaml.
         trusted: module prefixes, beyond this package's networks, paths and denoisers, whose classes may be built.
+        format, arguments: of another project's file; see `formats`.
+        running: precision, memory and speed of the network; None as it is.
 
     Raises:
         FileNotFoundError: the directory or one of its files is missing.
         ValueError: a file is truncated, edited or of another kind: which, with the hash expected and found, or the
             nearest right name.
     """
-    prefixes = (trusted,) if isinstance(trusted, str) else tuple(trusted)
-    return Checkpoint(str(file), *load_parts(Path(file).expanduser(), sha256, prefixes))
+    place = Path(file).expanduser()
+    if format is None:
+        if place.is_file():
+            like = looks_like(place)
+            hint = f"it looks like format={like}" if like else f"format= is one of {', '.join(format_names())}"
+            raise ValueError(f"{place} is a file of another project's; say of which format: {hint}")
+        prefixes = (trusted,) if isinstance(trusted, str) else tuple(trusted)
+        parts = load_parts(place, sha256, prefixes)
+    else:
+        made = convert(place, format, arguments or {})
+        found = sha256_of(place) if place.is_file() else content_hash(place)
+        if sha256 is not None and found != sha256:
+            raise ValueError(f"{place} is truncated or edited: the caller expects sha256 {sha256}, found {found}")
+        model = assembled(made.nodes, made.state, f"{place} as {format}", weights=str(place))
+        parts = (model, model.path, made.shape, made.num_classes, found, dict(made.card))
+    if running is not None:
+        running(parts[0].network)
+    return Checkpoint(str(file), *parts)
 
 
 def embedded_names() -> list[str]:

@@ -8,19 +8,19 @@ card.md             how it was made; its front matter is the card as data
 
 import hashlib
 import json
-import os
 import re
 from collections.abc import Collection, Mapping, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, cast
 
-import safetensors
-import safetensors.torch
 import torch
 import yaml
 from torch import Tensor, nn
 
+from steadyflow.checkpoints.formats import Converted
 from steadyflow.checkpoints.nodes import build, nearest
+from steadyflow.checkpoints.weights import partner, read_weights, sha256_of, write_weights
 from steadyflow.denoisers import NetworkDenoiser, NetworkNoise
 from steadyflow.diffusions import LinearDiffusion
 from steadyflow.paths import GaussianPath
@@ -62,7 +62,7 @@ def save(
     config |= {"shape": [int(n) for n in shape], "num_classes": int(num_classes)}
     if unknown := sorted(set(nodes) - set(NODES)):
         raise ValueError(f"a checkpoint has no node {unknown[0]!r}{nearest(unknown[0], NODES)}")
-    state = {key: value.detach().cpu().contiguous().clone() for key, value in denoiser.network.state_dict().items()}
+    state = denoiser.network.state_dict()
     again = _build(config, "nodes", trusted=None)
     _check_state(again.network, state, "the network that the nodes build, against the one to save")
     t = torch.linspace(0.05, 0.95, 10, dtype=torch.float64)
@@ -70,19 +70,39 @@ def save(
         raise ValueError(
             f"the nodes build {_describe(again)}, but the denoiser to save is {_describe(denoiser)} with other settings"
         )
-    if dtype is not None:
-        state = {key: value.to(dtype) if value.is_floating_point() else value for key, value in state.items()}
-    weights = safetensors.torch.save(state)
-    config["sha256"] = hashlib.sha256(weights).hexdigest()
+    _write_all(directory, config, state, card, dtype)
+
+
+def save_converted(directory: str | Path, converted: Converted) -> None:
+    """Writes what another project's checkpoint became, as `save` does; the weights may be views of a mapped file.
+
+    Raises:
+        ValueError: weights that are missing or of another shape than the network's, by name, before anything is
+            written; or data that is not plain.
+    """
+    config = {key: converted.nodes[key] for key in NODES}
+    config |= {"shape": [int(n) for n in converted.shape], "num_classes": int(converted.num_classes)}
+    _check_state(_build(config, "the converted checkpoint", trusted=()).network, converted.state, "the file")
+    _write_all(Path(directory), config, converted.state, converted.card, None)
+
+
+def _write_all(
+    directory: Path,
+    config: dict[str, Any],
+    state: Mapping[str, Tensor],
+    card: Mapping[str, Any],
+    dtype: torch.dtype | None,
+) -> None:
     try:
-        config["config_sha256"] = _config_hash(config)
-        pages = [yaml.safe_dump(page, sort_keys=False, width=120) for page in (config, dict(card))]
+        json.dumps(config)
+        text = _render(yaml.safe_dump(dict(card), sort_keys=False, width=120), card)
     except (TypeError, yaml.YAMLError) as error:
         raise ValueError(f"nodes and card must be plain data (dict, list, str, number, bool, None): {error}") from error
     directory.mkdir(parents=True, exist_ok=True)
-    _write(directory / WEIGHTS, weights)
-    _write(directory / CARD, _render(pages[1], card).encode())
-    _write(directory / CONFIG, pages[0].encode())
+    config["sha256"] = write_weights(directory / WEIGHTS, state, dtype)
+    config["config_sha256"] = _config_hash(config)
+    _write(directory / CARD, text)
+    _write(directory / CONFIG, yaml.safe_dump(config, sort_keys=False, width=120))
 
 
 def load_parts(directory: Path, sha256: str | None, trusted: Collection[str]) -> Parts:
@@ -96,32 +116,59 @@ def load_parts(directory: Path, sha256: str | None, trusted: Collection[str]) ->
             )
     config = _read_config(directory / CONFIG)
     file = directory / WEIGHTS
-    data = file.read_bytes()
-    found = hashlib.sha256(data).hexdigest()
+    found = sha256_of(file)
     for expected, source in ((config["sha256"], CONFIG), (sha256, "the caller")):
         if expected is not None and found != expected:
             raise ValueError(
                 f"{file} is truncated or edited: {source} expects sha256 {expected}, found {found} "
-                f"({len(data)} bytes); fetch or save it again"
+                f"({file.stat().st_size} bytes); fetch or save it again"
             )
-    try:
-        state = safetensors.torch.load(data)
-    except safetensors.SafetensorError as error:
-        pickled = data[:4] == b"PK\x03\x04" or data[:1] == b"\x80"
-        kind = "a pickle, which can hold code and is never loaded" if pickled else str(error)
-        raise ValueError(f"{file} is no safetensors file: {kind}") from error
-    denoiser = _build(config, str(directory / CONFIG), trusted)
-    _check_state(denoiser.network, state, str(file))
-    if any(value.dtype == torch.float64 for value in state.values()):
-        denoiser.double()
-    denoiser.network.load_state_dict(state)
+    denoiser = assembled(config, read_weights(file), str(directory / CONFIG), trusted, str(file))
     shape = tuple(int(n) for n in config["shape"])
-    return denoiser.eval(), denoiser.path, shape, int(config["num_classes"]), found, _read_card(directory / CARD)
+    return denoiser, denoiser.path, shape, int(config["num_classes"]), found, read_card(directory / CARD)
 
 
-def _build(config: Mapping[str, Any], where: str, trusted: Collection[str] | None) -> Model:
+def assembled(
+    nodes: Mapping[str, Any],
+    state: Mapping[str, Tensor],
+    where: str,
+    trusted: Collection[str] = (),
+    weights: str = "the file",
+) -> Model:
+    """The denoiser that nodes describe, in eval mode, with these weights themselves: none is copied that is float32.
+
+    The network is built without memory of its own (on the meta device), compared with the weights by key and shape,
+    and then takes them. Half-precision weights become float32; a state with float64 weights makes a float64 network.
+
+    Raises:
+        ValueError: nodes that build nothing, or weights of other keys or shapes.
+    """
+    model = _build(nodes, where, trusted)
+    _check_state(model.network, state, weights)
+    dtype = torch.float64 if any(value.dtype == torch.float64 for value in state.values()) else torch.float32
+    state = {key: value.to(dtype) if value.is_floating_point() else value for key, value in state.items()}
+    if _has_further_tensors(model.network):  # buffers outside the state dict are made by building it for real
+        model = _build(nodes, where, trusted, meta=False)
+        model.to(dtype)
+    model.network.load_state_dict(state, assign=True)
+    return model.eval()
+
+
+def _has_further_tensors(network: nn.Module) -> bool:
+    """Whether a network without memory has tensors that its state dict does not hold."""
+    held = {id(value) for value in network.state_dict(keep_vars=True).values()}
+    for module in network.modules():
+        own = [*module._parameters.values(), *module._buffers.values(), *vars(module).values()]
+        if any(isinstance(value, Tensor) and value.is_meta and id(value) not in held for value in own):
+            return True
+    return False
+
+
+def _build(config: Mapping[str, Any], where: str, trusted: Collection[str] | None, meta: bool = True) -> Model:
+    own = str(config["network"]["_target_"] if isinstance(config["network"], dict) else "").startswith("steadyflow.")
     with torch.random.fork_rng(devices=[]):  # initial weights are drawn, and nobody should notice
-        network = build(config["network"], f"{where}: network", trusted)
+        with torch.device("meta") if meta and own else nullcontext():  # a stranger's class may compute with tensors
+            network = build(config["network"], f"{where}: network", trusted)
         path = build(config["path"], f"{where}: path", trusted)
         _check_kind(network, config, "network", where, nn.Module)
         _check_kind(path, config, "path", where, GaussianPath, LinearDiffusion)
@@ -183,10 +230,10 @@ def _describe(denoiser: Model) -> str:
     return f"{type(denoiser).__name__} of {type(denoiser.network).__name__} on {type(denoiser.path).__name__}"
 
 
-def _write(file: Path, data: bytes) -> None:
-    temporary = file.with_name(f".{file.name}.{os.getpid()}")
+def _write(file: Path, text: str) -> None:
+    temporary = partner(file)
     try:
-        temporary.write_bytes(data)
+        temporary.write_text(text)
         temporary.replace(file)
     finally:
         temporary.unlink(missing_ok=True)
@@ -203,7 +250,7 @@ def _render(front: str, card: Mapping[str, Any]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def _read_card(file: Path) -> dict[str, Any]:
+def read_card(file: Path) -> dict[str, Any]:
     """The front matter of card.md; empty where there is none, since a card is only read by people."""
     front = re.match(r"---\n(.*?)^---$", file.read_text(), re.DOTALL | re.MULTILINE) if file.is_file() else None
     if front is None:

@@ -196,8 +196,15 @@ class EDMDenoiser(NetworkDenoiser):
 
 
 def call(network: nn.Module, x: Tensor, t: Tensor, **condition: Tensor) -> Tensor:
-    """network(x (B, *S), t (B,)) -> (B, *S) in the network's precision, t () or (B,); a variance is left out."""
+    """network(x (B, *S), t (B,)) -> (B, *S) in the network's precision, t () or (B,); a variance is left out.
+
+    A network with an attribute `max_batch` gets no more rows than that at a time.
+    """
     parameter = next(network.parameters(), x)
-    time = t.to(x.device, torch.float64 if parameter.dtype == torch.float64 else torch.float32)
-    out: Tensor = network(x.to(parameter.dtype), time.expand(len(x)), **condition)
+    time = t.to(x.device, torch.float64 if parameter.dtype == torch.float64 else torch.float32).expand(len(x))
+    rows = getattr(network, "max_batch", None) or max(len(x), 1)
+    parts = [slice(start, start + rows) for start in range(0, max(len(x), 1), rows)]
+    whole = x.to(parameter.dtype)
+    outs = [network(whole[p], time[p], **{k: v[p] for k, v in condition.items()}) for p in parts]
+    out: Tensor = outs[0] if len(outs) == 1 else torch.cat(outs)
     return out.narrow(1, 0, x.shape[1])

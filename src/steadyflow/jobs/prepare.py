@@ -1,4 +1,4 @@
-"""steadyflow prepare dataset=...: fetches a dataset, reads all of it, and says what it is."""
+"""steadyflow prepare dataset=... or checkpoint=...: fetches it, checks all of it, and says what it is."""
 
 from typing import Any
 
@@ -11,10 +11,12 @@ from rich.table import Table
 from torch.utils.data import DataLoader
 
 from steadyflow.data.images import SPLITS
+from steadyflow.jobs import prepare_checkpoint
 
 
 def run(cfg: DictConfig) -> dict[str, Any]:
     """Downloads the dataset where its class can (`download(root)`), checks every item of both splits, prints a table.
+    A checkpoint instead: see `prepare_checkpoint`.
 
     Returns:
         what `check` found, by split.
@@ -23,6 +25,8 @@ def run(cfg: DictConfig) -> dict[str, Any]:
         FileNotFoundError: not there and not to be fetched; says what to put where.
         ValueError: files or items that are not what they should be.
     """
+    if "checkpoint" in cfg:
+        return prepare_checkpoint.run(cfg)
     source = get_class(cfg.dataset._target_)
     if hasattr(source, "download"):
         source.download(cfg.dataset.root)

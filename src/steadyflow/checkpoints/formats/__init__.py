@@ -7,11 +7,25 @@ alone (`pickles.read_state`), renames the weights to those of our network, and s
 they belong to. Whether the weights fit that network is checked by whoever saves or loads it.
 """
 
+import importlib
+import inspect
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from torch import Tensor
+
+from steadyflow.checkpoints.nodes import nearest
+from steadyflow.checkpoints.pickles import read_state, tensors_of
+
+MARKS = {  # part of a weight's name -> the format it belongs to
+    "input_blocks.0.0.weight": "adm",
+    "temb.dense.0.weight": "ddpm",
+    "all_modules.0.": "score_sde",
+    "time_embedding.linear_1.weight": "diffusers",
+    "_modules.enc._modules": "edm",
+}
 
 
 @dataclass(frozen=True)
@@ -31,3 +45,45 @@ class Converted:
     shape: tuple[int, ...]
     num_classes: int = 0
     card: Mapping[str, Any] = field(default_factory=dict)
+
+
+def format_names() -> list[str]:
+    """The formats there are."""
+    return sorted(file.stem for file in Path(__file__).parent.glob("[a-z]*.py"))
+
+
+def convert(file: str | Path, format: str, arguments: Mapping[str, Any]) -> Converted:
+    """A file of another project as one of ours.
+
+    Raises:
+        FileNotFoundError: no such file.
+        ValueError: no such format, arguments that it does not take, or another kind of file: which kind it looks like.
+    """
+    if format not in format_names():
+        raise ValueError(
+            f"no format {format!r}: there are {', '.join(format_names())}{nearest(format, format_names())}"
+        )
+    read = importlib.import_module(f"{__name__}.{format}").read
+    known = {k: p for k, p in inspect.signature(read).parameters.items() if k != "file"}
+    if wrong := sorted(arguments.keys() - known.keys()):
+        raise ValueError(f"format {format} takes no argument {wrong[0]!r}{nearest(wrong[0], known)}")
+    if lacking := [k for k, p in known.items() if p.default is p.empty and k not in arguments]:
+        raise ValueError(
+            f"format {format} needs the arguments {', '.join(lacking)}: checkpoint.arguments.{lacking[0]}=..."
+        )
+    try:
+        return read(Path(file), **arguments)
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        like = None if "could run code" in str(error) else looks_like(Path(file))
+        if isinstance(error, ValueError) and like in (None, format):
+            raise
+        hint = f"it looks like {like}" if like not in (None, format) else f"{type(error).__name__}: {error}"
+        raise ValueError(f"{file} does not read as {format}: {hint}") from error
+
+
+def looks_like(file: Path) -> str | None:
+    """The format that the names of a file's weights remind of, if any."""
+    if not file.is_file():
+        return "diffusers" if (file / "model_index.json").exists() or (file / "config.json").exists() else None
+    names = tensors_of(read_state(file))
+    return next((format for mark, format in MARKS.items() if any(mark in name for name in names)), None)

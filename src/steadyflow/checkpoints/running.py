@@ -1,0 +1,57 @@
+"""How a loaded network runs: its precision, its memory, its speed; what it computes stays the same."""
+
+from dataclasses import dataclass
+from typing import Any, cast
+
+import torch
+from torch import nn
+
+PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, "fp64": torch.float64}
+
+
+@dataclass(frozen=True)
+class Running:
+    """Options of a network, whatever precision its file has.
+
+    Attributes:
+        precision: of the weights and the work inside the network: fp32, bf16, fp16 or fp64; states and coefficients of
+            a sampler stay float32 and float64. None: as loaded.
+        channels_last: memory format of the convolutions: faster on tensor cores.
+        compile: by torch.compile, at the first call.
+        checkpoint_activations: recompute activations in the backward pass: for guidance that differentiates a large
+            network.
+        max_batch: rows that the network takes at a time, so that a large batch of a sampler fits; None: all.
+
+    Raises:
+        ValueError: another precision, max_batch < 1; in the call, a network that cannot recompute activations.
+    """
+
+    precision: str | None = None
+    channels_last: bool = False
+    compile: bool = False
+    checkpoint_activations: bool = False
+    max_batch: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.precision is not None and self.precision not in PRECISIONS:
+            raise ValueError(f"precision must be {', '.join(PRECISIONS)} or null, got {self.precision!r}")
+        if self.max_batch is not None and self.max_batch < 1:
+            raise ValueError(f"max_batch must be at least 1 or null, got {self.max_batch}")
+
+    def __call__(self, network: nn.Module) -> None:
+        """Sets a network up, in place."""
+        if self.precision is not None:
+            network.to(PRECISIONS[self.precision])
+        if self.channels_last:
+            network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        if self.checkpoint_activations:
+            if not hasattr(network, "checkpoint_activations"):
+                raise ValueError(
+                    f"{type(network).__name__} cannot recompute activations; set checkpoint_activations=false, and "
+                    "max_batch to what fits"
+                )
+            network.checkpoint_activations = cast(Any, True)
+        if self.max_batch is not None:
+            network.max_batch = cast(Any, self.max_batch)
+        if self.compile:
+            network.compile()
