@@ -9,6 +9,7 @@ import sys
 import time
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 import pytest
 from PIL import Image
@@ -133,6 +134,34 @@ def test_runs_what_is_missing_and_compares(probe: Path, capsys: pytest.CaptureFi
     assert len(ran()) == 4
     assert rows() == found
     assert "to run" not in capsys.readouterr().out
+
+
+def test_what_a_table_is_made_from_is_run_first(
+    probe: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    commands: list[list[str]] = []
+    others = subprocess.run
+
+    def run(command: list[str], **kwargs: Any) -> subprocess.CompletedProcess[str]:
+        if command[1] != "-m":  # git
+            return others(command, **kwargs)
+        assert ran() == []  # before the cells
+        commands.append(command[2:])
+        Path("made/net").mkdir(parents=True)
+        (Path("made/net/metrics.json") if good else Path("made/net/error")).write_text("{}")
+        return subprocess.CompletedProcess(command, 0 if good else 2)
+
+    monkeypatch.setattr(subprocess, "run", run)
+    Path("conf/table/mine.yaml").write_text(TABLE + "first: {made/net: train +experiment=some}\n")
+    good, words = False, ["steadyflow", "train", "+experiment=some", "hydra.run.dir=made/net"]
+    assert table("scale=full", "seeds=[0]") == 1
+    assert "the table is made from made/net, and 'steadyflow train +experiment=some" in capsys.readouterr().err
+    Path("made/net/error").unlink()
+    Path("made/net").rmdir()
+    good = True
+    for _ in range(2):  # once is enough
+        assert table("scale=full", "seeds=[0]") == 0
+    assert commands == [words, words]
 
 
 def test_what_a_result_is_made_by(probe: Path) -> None:

@@ -1,6 +1,8 @@
 """`steadyflow table`: our numbers beside the published ones, and the cells that were missing for it."""
 
 import os
+import subprocess
+import sys
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import replace
@@ -28,6 +30,7 @@ NOT_RESULTS = "Settings, not results: Pokle 2025, Tables 4.4, 4.7, 4.8, 7.3; def
 
 def run(cfg: DictConfig) -> dict[str, Any] | None:
     """Fills a table: looks its cells up in the store, runs those that are missing, writes table.md, .csv, .tex, .png.
+    Before them what they are made from, as a network to train, where that is not finished.
 
     What cannot be run is said first: the methods that this version does not have, the files to put somewhere. With
     `dry` only the cells are listed, with the time they will take.
@@ -50,6 +53,7 @@ def run(cfg: DictConfig) -> dict[str, Any] | None:
     table = table if cfg.seeds is None else replace(table, seeds=tuple(cfg.seeds))
     console = Console()
     console.print(f"[bold]{table.title}[/] ({name}, scale {table.scale}, {len(table.cells)} cells)", highlight=False)
+    make_first(console, table, cfg.dry)
 
     from steadyflow.jobs.cell_runs import Cells, Missing, Run, forget, one_line, quoted, stale
 
@@ -95,6 +99,22 @@ def run(cfg: DictConfig) -> dict[str, Any] | None:
             metrics = [found_metrics for run in of if (found_metrics := run.metrics()) is not None]
             found[cell] = states.done(cell, metrics, [str(run.directory) for run in of], stale(of))
     return finish(console, Path(HydraConfig.get().runtime.output_dir) / table.scale, table, found)
+
+
+def make_first(console: Console, table: Table, dry: bool) -> None:
+    """Runs the commands that a table is made from, but those that are finished; one that was killed goes on.
+
+    Raises:
+        Failed: a command failed.
+    """
+    for directory, command in table.first.items():
+        if (Path(directory) / "metrics.json").exists():
+            continue
+        data = [word for word in HydraConfig.get().overrides.task if word.startswith("data_dir=")]
+        words = ["steadyflow", *command.split(), f"hydra.run.dir={directory}", *data]
+        console.print(f"first: {' '.join(words)}", highlight=False, markup=False, soft_wrap=True)
+        if not dry and subprocess.run([sys.executable, "-m", *words]).returncode != 0:
+            raise Failed(f"the table is made from {directory}, and '{' '.join(words)}' failed")
 
 
 def obstacle(cell: Cell, job: str, options: dict[str, set[str]], checkpoints: Path) -> Outcome | None:

@@ -12,6 +12,7 @@ WORKS = {
     "002": "Fast Samplers for Inverse Problems",  # in Iterative Refinement Models: C-PiGDM
 }
 KEYS = {"title", "source", "job", "set", "needs", "columns", "rows", "published", "notes", "scale", "seeds", "factor"}
+KEYS |= {"first"}
 
 
 @dataclass(frozen=True)
@@ -59,7 +60,10 @@ class Cell:
 
 @dataclass(frozen=True)
 class Table:
-    """A table at one scale. `cells` holds the cells there are, row by row: they need not form a product."""
+    """A table at one scale. `cells` holds the cells there are, row by row: they need not form a product.
+
+    `first`: the runs that the cells are made from, by directory, each a command.
+    """
 
     name: str
     title: str
@@ -71,6 +75,7 @@ class Table:
     columns: tuple[str, ...]
     cells: tuple[Cell, ...]
     notes: str
+    first: Mapping[str, str]
 
     @property
     def comparable(self) -> bool:
@@ -107,6 +112,7 @@ def read(name: str, config: Mapping[str, Any], scale: str | None = None) -> Tabl
         scale: {mini: "dataset=digits checkpoint=digits32 num_samples=256"}      further overrides, by scale;
                                               also {set: ..., needs: [...]}; and in a row, of that row
         seeds: [0, 1, 2]                      of each cell, [0] without
+        first: {outputs/net: "train +experiment=..."}     runs that the cells read, as commands without hydra.run.dir
 
     `set` holds overrides as on a command line. Where several name one key, the scale's wins over the row's, that over
     the column's, and that over the table's; a need that is only the value of an override that lost is none.
@@ -172,6 +178,7 @@ def read(name: str, config: Mapping[str, Any], scale: str | None = None) -> Tabl
         tuple(map(str, columns)),
         tuple(cells),
         str(config.get("notes") or "").strip(),
+        {str(directory): str(command) for directory, command in (config.get("first") or {}).items()},
     )
 
 
