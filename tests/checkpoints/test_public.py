@@ -98,8 +98,10 @@ def test_a_hash_is_published_or_recorded_and_checked_ever_after(tmp_path: Path) 
     file.write_bytes(DATA)
     with pytest.raises(ValueError, match=rf"its config says sha256 {'0' * 64}, found {sha256}; delete it"):
         verify(file, "0" * 64)
-    assert verify(file, sha256.upper()) == verify(file, None) == sha256
+    with pytest.raises(ValueError, match="its config says md5 00, found"):
+        verify(file, None, "00")
+    assert verify(file, sha256.upper(), hashlib.md5(DATA).hexdigest()) == verify(file, None) == sha256
     assert (tmp_path / "it.sha256").read_text() == f"{sha256}  it\n"
     file.write_bytes(DATA[:-1])
-    with pytest.raises(ValueError, match=rf"it.sha256, of its first download, says sha256 {sha256}, found"):
+    with pytest.raises(ValueError, match=rf"it.sha256, of its first use, says sha256 {sha256}, found"):
         verify(file, None)

@@ -1,13 +1,13 @@
 """Files from the web: resumed where a download broke, checked, whole or absent."""
 
-import os
+import hashlib
 import urllib.error
 import urllib.request
 from collections.abc import Callable
 from http.client import HTTPException
 from pathlib import Path
 
-from steadyflow.checkpoints.weights import sha256_of
+from steadyflow.checkpoints.weights import partner, sha256_of
 
 CHUNK = 1 << 20
 Progress = Callable[[int, int | None], None]  # bytes so far, bytes in all where the server says
@@ -68,25 +68,35 @@ def _broken(url: str, have: int, total: int | None) -> str:
 
 def by_hand(url: str | None, file: Path) -> str:
     """What to do without a connection."""
-    return f"on a machine without a connection, put {url or 'the file'} at {file}"
+    return f"without a connection, put {url or 'it'} at {file}"
 
 
-def verify(file: Path, sha256: str | None) -> str:
-    """That a file is the one it should be: by its published hash, else by the one recorded when it first came.
+def verify(file: Path, sha256: str | None, md5: str | None = None) -> str:
+    """That a file is the one it should be: by its published hash, and by the one recorded when it first came.
+
+    Returns:
+        its sha256.
 
     Raises:
         ValueError: it is not; both hashes.
     """
     record, found = file.with_name(f"{file.name}.sha256"), sha256_of(file)
     recorded = record.read_text().split()[0] if record.exists() else None
-    for expected, source in ((sha256, "its config"), (recorded, f"{record.name}, of its first download,")):
-        if expected is not None and found != expected.lower():
+    expected = [
+        ("sha256", sha256, found, "its config"),
+        ("sha256", recorded, found, f"{record.name}, of its first use,"),
+    ]
+    if md5 is not None:
+        with file.open("rb") as stream:
+            expected.append(("md5", md5, hashlib.file_digest(stream, "md5").hexdigest(), "its config"))
+    for kind, right, other, source in expected:
+        if right is not None and other != right.lower():
             raise ValueError(
-                f"{file} is not what it should be: {source} says sha256 {expected}, found {found}; delete it and fetch "
-                "it again"
+                f"{file} is not what it should be: {source} says {kind} {right}, found {other}; delete it and fetch it "
+                "again"
             )
     if recorded is None:
-        temporary = record.with_name(f"{record.name}.{os.getpid()}")
+        temporary = partner(record)
         temporary.write_text(f"{found}  {file.name}\n")
         temporary.replace(record)
     return found

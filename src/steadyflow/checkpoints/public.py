@@ -25,7 +25,8 @@ class Public:
         folder: of all checkpoints.
         url: of its file; with `files`, of the folder they lie in; None where it has to be fetched by hand.
         page: where a person finds it.
-        sha256: of the file (of the last of `files`), where it is published; else the first download's is kept.
+        sha256, md5: of the file (of the last of `files`), where one is published; the sha256 that it has when it is
+            first used is kept in any case, and checked ever after.
         format, arguments: as `formats.convert` takes them.
         card: what people want to know: architecture, path, prediction, resolution, classes, data range, the published
             FID, licence, source. Resolution and classes are compared with what the file turns out to be.
@@ -43,6 +44,7 @@ class Public:
     card: Mapping[str, Any] = field(default_factory=dict)
     file: str | None = None
     files: Sequence[str] = ()
+    md5: str | None = None
 
     @property
     def directory(self) -> Path:
@@ -83,7 +85,8 @@ class Public:
                 else f"checkpoint {self.name} has to be fetched by hand from {self.page}: put its {file.name} at {file}"
             )
         files = [*self.sources()]
-        hashes = {file.name: verify(file, self.sha256 if file == files[-1] else None) for file in files}
+        hashes = {file.name: verify(file, None) for file in files[:-1]}
+        hashes[files[-1].name] = verify(files[-1], self.sha256, self.md5)
         made = convert(files[0].parent if self.files else files[0], self.format, self.arguments)
         for key, found in (("resolution", made.shape[-1]), ("classes", made.num_classes)):
             if self.card.get(key) not in (None, found):
@@ -106,6 +109,7 @@ def public(
     card: Mapping[str, Any],
     file: str | None = None,
     files: Sequence[str] = (),
+    md5: str | None = None,
     running: Running | None = None,
 ) -> Checkpoint:
     """A public checkpoint, from its files or from what they became.
@@ -116,7 +120,7 @@ def public(
     Raises:
         FileNotFoundError, ValueError: as `Public.prepare` and `load`.
     """
-    source = Public(name, folder, url, page, sha256, format, arguments, card, file, files)
+    source = Public(name, folder, url, page, sha256, format, arguments, card, file, files, md5)
     if not source.converted():
         source.prepare()
     return replace(load(source.directory, running=running), name=name)

@@ -154,22 +154,21 @@ def all_public(data_dir: str) -> Iterator[Public]:
 
 def list_public(console: Console, data_dir: str) -> dict[str, Any]:
     """Prints the public checkpoints: what each is, and whether it is here."""
-    table = Table(title="public checkpoints: checkpoint=NAME", title_justify="left")
-    for column in ("name", "size", "classes", "architecture", "path", "FID", "licence", "here"):
-        table.add_column(column, overflow="fold", no_wrap=column == "name")
+    table = Table(title="public checkpoints: checkpoint=NAME", title_justify="left", box=None, pad_edge=False)
+    for column in ("name", "size", "classes", "path", "FID", "licence", "here"):
+        table.add_column(column, no_wrap=True)
     states = {}
     for source in all_public(data_dir):
-        card = source.card
         if source.converted():
-            state = "ready"
+            state = "yes"
         elif not source.missing():
             state = "files"
         else:
-            state = "no" if source.url else "by hand"
+            state = "fetch" if source.url else "by hand"
         states[source.name] = state
-        cells = (card.get(k) for k in ("resolution", "classes", "architecture", "path", "fid", "licence"))
-        table.add_row(source.name, *("" if c is None else str(c) for c in cells), state)
-    console.print(table)
+        cells = (source.card.get(key) for key in ("resolution", "classes", "path", "fid", "licence"))
+        table.add_row(source.name, *("" if cell is None else str(cell) for cell in cells), state)
+    Console(width=max(console.width, 100)).print(table)
     return states
 
 
