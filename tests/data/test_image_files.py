@@ -234,10 +234,10 @@ def test_bad_batch_size_or_rank(tmp_path):
 
 def test_a_forked_reader_has_its_own_place_in_the_zip(tmp_path):
     archive = open_images(write_png_zip(tmp_path, torch.arange(4), noise_images(4))).parts[0].files
-    before = archive._opened()
-    archive._owner = os.getpid() + 1  # as a child sees it
+    before = archive.files._opened()
+    archive.files._owner = os.getpid() + 1  # as a child sees it
     assert archive.read(0)[:4] == b"\x89PNG"
-    assert archive._opened() is not before
+    assert archive.files._opened() is not before
 
 
 def test_cifar_jpegs_match_pillow():

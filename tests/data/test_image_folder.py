@@ -166,8 +166,16 @@ def test_bad_places_and_settings_are_named(tmp_path):
     files = folder(tmp_path / "set", ["cat/1.png", "stray.png"])
     with pytest.raises(ValueError, match=r"stray\.png in .* lies in no class folder"):
         ImageFolder(files, class_folders=True)
-    for settings in ({"size": 0}, {"channels": 2}, {"held_out": -1}, {"resize": "cubic"}):
-        with pytest.raises(ValueError, match="need size >= 1, channels 1 or 3"):
+    for settings, message in [
+        ({"size": 0}, "need size >= 1 and resize adm, bicubic, .* got 0"),
+        ({"resize": "cubic"}, "got 32 and cubic"),
+        ({"crop": "round"}, r"crop must be null, square, or \[left, top, width, height\]"),
+        ({"crop": [1, 2, 3]}, r"got \[1, 2, 3\]"),
+        ({"channels": 2}, "need channels 1 or 3"),
+        ({"held_out": -1}, "held_out >= 0"),
+        ({"class_folders": True, "class_json": True}, "at most one of class_folders and class_json"),
+    ]:
+        with pytest.raises(ValueError, match=message):
             ImageFolder(files, **settings)
     (files / "broken.png").write_text("?")
     with pytest.raises(ValueError, match=r"broken\.png is not an image"):

@@ -95,6 +95,16 @@ def test_a_folder_without_a_test_split_is_said_and_is_no_mistake(tmp_path, capsy
     assert error.count("\n") == 1
 
 
+def test_shards_are_written_checked_and_read(tmp_path, capsys):
+    assert prepare(tmp_path, f"shards={tmp_path}/shards") == 0
+    said = words(capsys.readouterr().out)
+    assert f"dataset=shardsdataset.path={tmp_path}/shards" in said
+    assert prepare(tmp_path, "dataset=shards", f"dataset.path={tmp_path}/shards") == 0
+    assert words(capsys.readouterr().out) in said  # the same table
+    assert prepare(tmp_path, f"shards={tmp_path}/shards", "dataset.size=16") == 2
+    assert "holds another set (digits, 1597 images of [1, 32, 32])" in capsys.readouterr().err
+
+
 def test_a_class_that_can_download_is_asked_to(tmp_path, monkeypatch, capsys):
     import steadyflow.data
 

@@ -96,6 +96,42 @@ def test_statistics_files(tmp_path: Path) -> None:
         _ = sources(None, str(tmp_path / "no.npz")).reference
 
 
+def test_other_files_of_statistics(tmp_path: Path) -> None:
+    """clean-fid's features for KID; the reference batches of ADM, whose Gaussian is of more images than they hold."""
+    features = Pixels()(grey("train").images)[0]
+    np.savez(tmp_path / "cifar10_clean_train_32_kid.npz", feats=features.numpy())
+    reference = sources(None, str(tmp_path / "cifar10_clean_train_32_kid.npz")).reference
+    assert torch.equal(reference.features, features)
+    assert torch.allclose(reference.covariance, sources(None).reference.covariance, rtol=1e-12)
+    mu, sigma = np.arange(4.0), np.eye(4) * 2
+    images = grey("train").images.permute(0, 2, 3, 1).numpy()
+    np.savez(tmp_path / "VIRTUAL_grey.npz", arr_0=images, mu=mu, sigma=sigma, mu_s=mu, sigma_s=sigma)
+    reference = sources(None, str(tmp_path / "VIRTUAL_grey.npz")).reference
+    assert torch.equal(reference.mean, torch.from_numpy(mu))
+    assert torch.equal(reference.covariance, torch.from_numpy(sigma))
+    assert torch.equal(reference.features, features)
+
+
+@pytest.mark.parametrize(
+    ("arrays", "message"),
+    [
+        ({"mu": np.zeros(4), "sigma": np.eye(3)}, "statistics of 3 features, pixels has 4"),
+        ({"mu": np.zeros(()), "sigma": np.eye(4)}, "statistics of 0 features, pixels has 4"),
+        (
+            {"feats": np.zeros((9, 5))},
+            "statistics of 5 features, pixels has 4; choose the features they were made with",
+        ),
+        ({"mu": np.full(4, np.nan), "sigma": np.eye(4)}, "damaged: its numbers are not finite"),
+        ({"mu": np.zeros(4), "sigma": np.eye(4) + np.eye(4, k=1)}, "sigma is not symmetric"),
+        ({"mean": np.zeros(4)}, r"has the arrays mean; expected mu and sigma .*feats .* or images"),
+    ],
+)
+def test_statistics_that_do_not_fit_are_refused(arrays: dict[str, np.ndarray], message: str, tmp_path: Path) -> None:
+    np.savez(tmp_path / "s.npz", **arrays)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match=rf"s\.npz .*{message}"):
+        _ = sources(None, str(tmp_path / "s.npz")).reference
+
+
 def test_images_as_a_reference_are_kept_by_their_content(tmp_path: Path) -> None:
     images = grey("train").images
     write_shard(tmp_path / "a/samples", torch.arange(60), images[:60])

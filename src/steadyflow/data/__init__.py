@@ -7,6 +7,7 @@ from steadyflow.data.image_folder import ImageFolder
 from steadyflow.data.image_writing import save_grid, write_png_zip, write_shard
 from steadyflow.data.images import InMemoryImages, from_uint8, to_uint8
 from steadyflow.data.points import InMemoryPoints
+from steadyflow.data.shards import Shards, write_shards
 from steadyflow.data.torchvision_sets import CIFAR10, MNIST
 from steadyflow.data.toy2d import Toy2D
 
@@ -19,6 +20,7 @@ __all__ = [
     "ImageFolder",
     "InMemoryImages",
     "InMemoryPoints",
+    "Shards",
     "Toy2D",
     "from_uint8",
     "open_images",
@@ -26,4 +28,5 @@ __all__ = [
     "to_uint8",
     "write_png_zip",
     "write_shard",
+    "write_shards",
 ]

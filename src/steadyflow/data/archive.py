@@ -1,11 +1,12 @@
-"""The image files of a folder or of a zip, by name."""
+"""The image files of a folder, a zip or an lmdb database, by name."""
 
 import io
 import json
 import os
 import zipfile
+from functools import lru_cache
 from pathlib import Path
-from typing import IO
+from typing import IO, Any, Protocol
 
 import numpy as np
 from PIL import Image
@@ -14,15 +15,106 @@ SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 SINGLE_CHANNEL = ("1", "L", "LA")  # Pillow's modes of 8-bit grey images
 
 
+class Files(Protocol):
+    """Where the files of an archive are: all their names, the bytes of one, a stream of one; the file behind a name."""
+
+    def names(self) -> list[str]: ...
+
+    def open(self, name: str) -> IO[bytes]: ...
+
+    def on_disk(self, name: str) -> Path: ...
+
+
+class Folder:
+    """The files below a folder."""
+
+    def __init__(self, path: Path):
+        self.path = path
+
+    def names(self) -> list[str]:
+        return [file.relative_to(self.path).as_posix() for file in self.path.rglob("*") if file.is_file()]
+
+    def open(self, name: str) -> IO[bytes]:
+        return (self.path / name).open("rb")
+
+    def on_disk(self, name: str) -> Path:
+        return self.path / name
+
+
+class Zip:
+    """The members of a zip, which is opened once in each process: a fork must not share its parent's file offset."""
+
+    def __init__(self, path: Path):
+        self.path = path
+        self._zip: zipfile.ZipFile | None = None
+        self._owner = 0  # the process that opened it
+
+    def _opened(self) -> zipfile.ZipFile:
+        if self._zip is None or self._owner != os.getpid():
+            try:
+                self._zip, self._owner = zipfile.ZipFile(self.path), os.getpid()
+            except zipfile.BadZipFile as error:
+                raise ValueError(f"{self.path} is no zip file, or a damaged one ({error})") from None
+        return self._zip
+
+    def __getstate__(self) -> dict[str, object]:
+        return self.__dict__ | {"_zip": None}
+
+    def names(self) -> list[str]:
+        return [entry.filename for entry in self._opened().infolist() if not entry.is_dir()]
+
+    def open(self, name: str) -> IO[bytes]:
+        return self._opened().open(name)
+
+    def on_disk(self, name: str) -> Path:
+        return self.path
+
+
+class Lmdb:
+    """The values of an lmdb database (LSUN's: encoded images) under their keys, which are bytes, read as Latin-1."""
+
+    def __init__(self, path: Path):
+        self.path = path
+
+    def names(self) -> list[str]:
+        with _environment(str(self.path)).begin() as view:
+            return [key.decode("latin-1") for key in view.cursor().iternext(values=False)]
+
+    def open(self, name: str) -> IO[bytes]:
+        with _environment(str(self.path)).begin() as view:
+            value = view.get(name.encode("latin-1"))
+        if value is None:
+            raise KeyError(f"There is no item named {name!r} in the database")
+        return io.BytesIO(value)
+
+    def on_disk(self, name: str) -> Path:
+        return self.path / "data.mdb"
+
+
+@lru_cache(maxsize=32)
+def _environment(path: str) -> Any:
+    """An lmdb database opened to be read, once, as lmdb wants it. Without locks a forked process may go on with it."""
+    try:
+        import lmdb
+    except ImportError:
+        raise ValueError(
+            f"{path} is an lmdb database, which the package lmdb reads: pip install 'steadyflow[lmdb]'"
+        ) from None
+    try:
+        return lmdb.open(path, readonly=True, lock=False, readahead=False, meminit=False, create=False)
+    except lmdb.Error as error:
+        raise ValueError(f"{path} is no lmdb database, or a damaged one ({error})") from None
+
+
 class ImageArchive:
     """The image files (png, jpg, webp, bmp) of a folder, searched recursively, or of a zip, by name; or one such file.
 
-    Hidden files and files of other kinds are passed over; a file that is named like an image and is none, or holds more
-    than 8 bits a channel, is refused by name. A zip is opened once in each process, so an archive can be handed to the
-    workers of a data loader.
+    Also the values of an lmdb database (a folder with data.mdb), all of which must be images. Hidden files and files of
+    other kinds are passed over; a file that is named like an image and is none, or holds more than 8 bits a channel, is
+    refused by name. An archive can be handed to the workers of a data loader.
 
     Args:
-        path: the folder, zip or picture.
+        path: the folder, zip, database or picture.
 
     Attributes: `path`, of a picture its folder's, and `names`, each file's path inside the archive with forward
     slashes.
@@ -36,32 +128,17 @@ class ImageArchive:
         path = Path(path).expanduser()
         picture = path.is_file() and path.suffix.lower() in SUFFIXES
         self.path = path.parent if picture else path
-        self.zipped = self.path.is_file()
-        self._zip: zipfile.ZipFile | None = None
-        self._owner = 0  # the process that opened it
-        if picture:
-            found = [path.name]
-        elif self.path.is_dir():
-            found = [file.relative_to(self.path).as_posix() for file in self.path.rglob("*") if file.is_file()]
-        elif self.zipped:
-            found = [entry.filename for entry in self._opened().infolist() if not entry.is_dir()]
-        else:
+        keyed = (self.path / "data.mdb").is_file()
+        if not self.path.exists():
             raise FileNotFoundError(f"{self.path} does not exist; expected a folder or a zip of images")
-        self.names = sorted(name for name in found if name.lower().endswith(SUFFIXES) and not _hidden(name))
+        self.files: Files = (Lmdb if keyed else Zip if self.path.is_file() else Folder)(self.path)
+        found = [path.name] if picture else self.files.names()
+        self.names = sorted(
+            found if keyed else (name for name in found if name.lower().endswith(SUFFIXES) and not _hidden(name))
+        )
         if not self.names:
             other = f"; {len(found)} other files, such as {sorted(found)[0]}" if found else ""
             raise FileNotFoundError(f"{self.path} holds no image ({', '.join(SUFFIXES)}){other}")
-
-    def _opened(self) -> zipfile.ZipFile:
-        if self._zip is None or self._owner != os.getpid():  # a forked child must not share its parent's file offset
-            try:
-                self._zip, self._owner = zipfile.ZipFile(self.path), os.getpid()
-            except zipfile.BadZipFile as error:
-                raise ValueError(f"{self.path} is no zip file, or a damaged one ({error})") from None
-        return self._zip
-
-    def __getstate__(self) -> dict[str, object]:
-        return self.__dict__ | {"_zip": None}
 
     def __len__(self) -> int:
         return len(self.names)
@@ -69,8 +146,8 @@ class ImageArchive:
     def classes(self) -> dict[str, int] | None:
         """The class of each file by name, where a dataset.json beside them has `labels` [[name, class], ...] (EDM)."""
         try:
-            text = self._opened().read("dataset.json") if self.zipped else (self.path / "dataset.json").read_bytes()
-            return {str(name): int(label) for name, label in json.loads(text)["labels"]}
+            with self.files.open("dataset.json") as file:
+                return {str(name): int(label) for name, label in json.load(file)["labels"]}
         except (OSError, KeyError, ValueError, TypeError):  # none, or a file of another kind
             return None
 
@@ -78,16 +155,21 @@ class ImageArchive:
         """File i as an error message names it."""
         return f"{self.path}/{self.names[i]}"
 
+    def on_disk(self, i: int) -> Path:
+        """The file that holds file i: itself, or the zip or database."""
+        return self.files.on_disk(self.names[i])
+
     def read(self, i: int) -> bytes:
         """The bytes of file i."""
         try:
-            return self._opened().read(self.names[i]) if self.zipped else (self.path / self.names[i]).read_bytes()
+            with self.files.open(self.names[i]) as file:
+                return file.read()
         except (zipfile.BadZipFile, OSError, RuntimeError) as error:  # RuntimeError: encrypted
             raise ValueError(f"{self.where(i)} cannot be read ({error})") from None
 
     def header(self, i: int) -> tuple[int, int, int]:
         """(channels, height, width) of file i, 1 channel if it is grey and else 3, from its first bytes."""
-        with self._opened().open(self.names[i]) if self.zipped else (self.path / self.names[i]).open("rb") as file:
+        with self.files.open(self.names[i]) as file:
             image = self._identified(i, file)
             return 1 if image.mode in SINGLE_CHANNEL else 3, image.height, image.width
 

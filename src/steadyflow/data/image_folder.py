@@ -3,40 +3,47 @@
 import hashlib
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from steadyflow.data import splits
 from steadyflow.data.archive import ImageArchive
 from steadyflow.data.image_writing import whole_file
-from steadyflow.data.images import SPLITS, check_split, from_uint8
-
-KERNELS = ("bicubic", "bilinear", "lanczos", "box", "nearest")
+from steadyflow.data.images import check_split, from_uint8
+from steadyflow.data.squares import Crop, check_square, square
 
 
 class ImageFolder(Dataset[tuple[Tensor, int]]):
-    """The images (png, jpg, webp, bmp) of a folder or zip, brought to one size; decoded as they are asked for.
+    """The images (png, jpg, webp, bmp) of a folder, zip or lmdb database, brought to one size; decoded as they are
+    asked for.
 
-    Item i is (x (channels, size, size) float32 in [-1, 1], label): the shorter side is resized to `size`, antialiased
-    when shrinking, and the centre is cut out. Orientation tags in a photograph's metadata are not applied.
+    Item i is (x (channels, size, size) float32 in [-1, 1], label), by `steadyflow.data.squares.square`. Orientation
+    tags in a photograph's metadata are not applied.
 
-    Splits. If `path` holds `train` or `test` (folders, or train.zip and test.zip), these are the splits. Else the
-    `held_out` images whose names have the smallest sha256 are `test` and the others `train`.
+    Splits. If `path` holds train or test (or val, valid; folders or zips), or PATH_train_lmdb lies beside it, these are
+    the splits. Else a `partition` file says, or else the `held_out` images whose names have the smallest sha256 are
+    `test` and the others `train`.
 
     Args:
-        path: the folder or zip.
+        path: the folder, zip or database.
         split: train or test.
         size: of an item's side, in pixels.
-        resize: the kernel, bicubic, bilinear, lanczos, box or nearest; None cuts the centre out of the image as it is.
+        crop, resize: of `square`.
         channels: 3 (RGB), or 1 (grey, by luma).
-        class_folders: the folder an image lies in is its class (sorted by name); otherwise the set is unlabelled.
-        held_out: how many images to hold out as `test`, where the path brings no splits of its own.
+        class_folders: the folder an image lies in is its class (sorted by name).
+        class_json: its class is in the archive's dataset.json (EDM's zips). With neither the set is unlabelled.
+        folder: read the images below folders of this name alone.
+        only: a text file that lists the images to read, one a line.
+        partition: a text file of lines `name number`: 0 train, 1 neither, 2 test (CelebA's list_eval_partition.txt).
+        held_out: how many images to hold out as `test`, where there are no splits otherwise.
+        expected: how many images there should be, by split or in `all` of them, before `only` or a split is taken.
+        source: where to get the set, for the message when it is not there.
         in_memory: decode everything now and keep it as `images`, (N, C, size, size) uint8.
         name: of the set.
         cache_dir: where the hash of the content is kept, so that an unchanged folder is hashed once.
@@ -48,7 +55,8 @@ class ImageFolder(Dataset[tuple[Tensor, int]]):
 
     Raises:
         FileNotFoundError: nothing at path, no image in it, no such split.
-        ValueError: settings out of range; a file that is no 8-bit image, by name, when it is read.
+        ValueError: settings out of range; not as many images as expected; a file that is no 8-bit image, by name, when
+            it is read.
     """
 
     def __init__(
@@ -56,78 +64,112 @@ class ImageFolder(Dataset[tuple[Tensor, int]]):
         path: str | os.PathLike[str],
         split: str = "train",
         size: int = 32,
+        crop: Crop = None,
         resize: str | None = "bicubic",
         channels: int = 3,
         class_folders: bool = False,
+        class_json: bool = False,
+        folder: str | None = None,
+        only: str | os.PathLike[str] | None = None,
+        partition: str | os.PathLike[str] | None = None,
         held_out: int = 0,
+        expected: Mapping[str, int] | None = None,
+        source: str | None = None,
         in_memory: bool = False,
         name: str = "image_folder",
         cache_dir: str | os.PathLike[str] = "~/.cache/steadyflow",
     ):
-        if size < 1 or channels not in (1, 3) or held_out < 0 or resize not in (None, *KERNELS):
+        check_square(size, resize, crop)
+        if channels not in (1, 3) or held_out < 0 or (class_folders and class_json):
             raise ValueError(
-                f"need size >= 1, channels 1 or 3, held_out >= 0 and resize {', '.join(KERNELS)} or null; got "
-                f"{size}, {channels}, {held_out} and {resize}"
+                f"need channels 1 or 3, held_out >= 0 and at most one of class_folders and class_json; got {channels}, "
+                f"{held_out}, {class_folders} and {class_json}"
             )
-        self.name, self.split, self.shape, self.resize = name, check_split(split), (channels, size, size), resize
+        self.name, self.split, self.shape = name, check_split(split), (channels, size, size)
+        self.crop, self.resize, self.class_json = crop, resize, class_json
         self.cache_dir = Path(cache_dir).expanduser()
-        path = Path(path).expanduser()
-        if not path.exists():
-            raise FileNotFoundError(f"no folder or zip of images at {path}; say where it is with dataset.path=PATH")
-        places = {s: place for s in SPLITS for place in (path / s, path / f"{s}.zip") if place.exists()}
-        if places and split not in places:
-            raise FileNotFoundError(f"{path} has a split {next(iter(places))} and no {split} (a folder or {split}.zip)")
-        if places:
-            archives = {s: ImageArchive(place) for s, place in places.items()}
-            self.archive, self.index = archives[split], np.arange(len(archives[split]))
-            known = [name for archive in archives.values() for name in archive.names]
-        else:
-            self.archive = ImageArchive(path)
-            self.index, known = self._part(self.archive.names, held_out), self.archive.names
+        archives = self._archives(Path(path).expanduser(), source)
+        kept = {s: splits.below(archive.names, folder) for s, archive in archives.items()}
+        splits.check_counts(f"{name} at {path}", {s: len(rows) for s, rows in kept.items()}, expected)
+        own = "all" if "all" in archives else split
+        self.archive = archives[own]
+        names = [self.archive.names[i] for i in kept[own]]
+        rows = np.arange(len(names)) if only is None else splits.listed(names, only)
+        if own == "all":
+            rows = rows[self._part([names[i] for i in rows], held_out, partition)]
+        self.index = kept[own][rows]
         self.names = [self.archive.names[i] for i in self.index]
-        self.classes = sorted({_class(name) for name in known}) if class_folders else []
-        if "" in self.classes:
-            stray = next(name for name in known if not _class(name))
-            raise ValueError(f"{stray} in {path} lies in no class folder; set dataset.class_folders=false")
-        self.num_classes = len(self.classes)
-        number = {name: k for k, name in enumerate(self.classes)}
-        self.labels = torch.tensor([number.get(_class(name), 0) for name in self.names])
+        known = [archive.names[i] for s, archive in archives.items() for i in kept[s]]
+        if class_json:
+            self.num_classes, self.classes, self.labels = self._json_classes(archives)
+        else:
+            self.classes = sorted({_class(name) for name in known}) if class_folders else []
+            if "" in self.classes:
+                stray = next(name for name in known if not _class(name))
+                raise ValueError(f"{stray} in {path} lies in no class folder; set dataset.class_folders=false")
+            self.num_classes = len(self.classes)
+            number = {name: k for k, name in enumerate(self.classes)}
+            self.labels = torch.tensor([number.get(_class(name), 0) for name in self.names])
         if in_memory:
             self.images = torch.stack([self._pixels(i) for i in range(len(self))])
 
-    def _part(self, names: list[str], held_out: int) -> np.ndarray:
-        order = np.argsort([hashlib.sha256(name.encode()).hexdigest() for name in names])
-        part = np.sort(order[held_out:] if self.split == "train" else order[:held_out])
-        if len(part) == 0:
+    def _archives(self, path: Path, source: str | None) -> dict[str, ImageArchive]:
+        try:
+            archives = splits.split_archives(path)
+        except FileNotFoundError:
+            if path.exists():
+                raise
+            get = f"{self.name} comes from {source}; " if source else ""
             raise FileNotFoundError(
-                f"split {self.split} is empty: {len(names)} images, {held_out} of them held out; set dataset.held_out=N"
+                f"no folder or zip of images at {path}; {get}say where it is with dataset.path=PATH"
+            ) from None
+        if "all" not in archives and self.split not in archives:
+            raise FileNotFoundError(
+                f"{path} has a split {next(iter(archives))} and no {self.split} (a folder or {self.split}.zip)"
             )
+        return archives
+
+    def _part(self, names: list[str], held_out: int, partition: str | os.PathLike[str] | None) -> np.ndarray:
+        """The places of the names of this split, in a set that comes without splits."""
+        if partition is None:
+            part, how = splits.held_out(names, held_out, self.split), f"{held_out} of them held out"
+        else:
+            part, how = splits.partition(names, partition, self.split), f"split by {partition}"
+        if len(part) == 0:
+            raise FileNotFoundError(f"split {self.split} is empty: {len(names)} images, {how}; set dataset.held_out=N")
         return part
+
+    def _json_classes(self, archives: dict[str, ImageArchive]) -> tuple[int, list[str], Tensor]:
+        found = {split: archive.classes() or {} for split, archive in archives.items()}
+        own = found.get("all", found.get(self.split, {}))
+        if unknown := [name for name in self.names if name not in own]:
+            raise ValueError(
+                f"{self.archive.path} has no dataset.json with a class for {unknown[0]}; set dataset.class_json=false"
+            )
+        count = 1 + max(max(numbers.values(), default=0) for numbers in found.values())
+        return count, [str(k) for k in range(count)], torch.tensor([own[name] for name in self.names])
 
     def _pixels(self, i: int) -> Tensor:
         """Image i, (C, size, size) uint8."""
         row, (channels, size, _) = int(self.index[i]), self.shape
         image = self.archive.image(row, channels)
-        if self.resize is not None:
-            width, height = (int(size * side / min(image.size)) for side in image.size)
-            image = image.resize((width, height), Image.Resampling[self.resize.upper()])
-        elif min(image.size) < size:
-            raise ValueError(
-                f"{self.archive.where(row)} is {image.width}x{image.height}, smaller than {size}; set dataset.resize"
-            )
-        left, top = (round((side - size) / 2) for side in image.size)
-        pixels = np.array(image.crop((left, top, left + size, top + size)))
-        return torch.from_numpy(pixels.reshape(size, size, channels)).permute(2, 0, 1).contiguous()
+        try:
+            image = square(image, size, self.resize, self.crop)
+        except ValueError as error:
+            raise ValueError(f"{self.archive.where(row)} {error}") from None
+        return torch.from_numpy(np.array(image).reshape(size, size, channels)).permute(2, 0, 1).contiguous()
 
     @cached_property
     def fingerprint(self) -> str:
         settings = [*self.shape, self.resize, self.names, self.classes]
+        settings += [] if self.crop is None else [self.crop if isinstance(self.crop, str) else list(self.crop)]
+        settings += [self.labels.tolist()] if self.class_json else []
         return hashlib.sha256(f"{self._content()} {json.dumps(settings)}".encode()).hexdigest()
 
     def _content(self) -> str:
         """The sha256 of the archive's names and bytes, from the cache where the archive is unchanged."""
         path = self.archive.path.resolve()
-        files = [path] if self.archive.zipped else [path / name for name in self.archive.names]
+        files = dict.fromkeys(self.archive.on_disk(i) for i in range(len(self.archive)))
         stats = [(file.stat().st_size, file.stat().st_mtime_ns) for file in files]
         key = hashlib.sha256(json.dumps([str(path), self.archive.names, stats]).encode()).hexdigest()
         cached = self.cache_dir / "fingerprints" / key

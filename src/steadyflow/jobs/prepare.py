@@ -10,13 +10,14 @@ from rich.progress import Progress
 from rich.table import Table
 from torch.utils.data import DataLoader
 
+from steadyflow.data import Shards, write_shards
 from steadyflow.data.images import SPLITS
 from steadyflow.jobs import prepare_checkpoint
 
 
 def run(cfg: DictConfig) -> dict[str, Any]:
-    """Downloads the dataset where its class can (`download(root)`), checks every item of both splits, prints a table.
-    A checkpoint instead: see `prepare_checkpoint`.
+    """Downloads the dataset where its class can (`download(root)`), writes it as shards if `shards=DIR` says where,
+    checks every item of both splits, prints a table. A checkpoint instead: see `prepare_checkpoint`.
 
     Returns:
         what `check` found, by split.
@@ -39,12 +40,26 @@ def run(cfg: DictConfig) -> dict[str, Any]:
                 raise
             notes.append(f"no {split} split: {error}")
             continue
+        if cfg.shards is not None:
+            dataset = sharded(dataset, cfg.shards, cfg.batch_size, cfg.workers)
         found[split] = check(dataset, cfg.batch_size, cfg.workers)
+    if cfg.shards is not None:
+        notes.append(f"{cfg.shards} holds it as arrays: dataset=shards dataset.path={cfg.shards}")
     console = Console()
     console.print(_table(found))
     for note in notes:
         console.print(note)
     return found
+
+
+def sharded(dataset: Any, path: str, batch_size: int = 256, workers: int = 0) -> Shards:
+    """The dataset as `steadyflow.data.write_shards` writes it to `path`, or goes on writing it."""
+    console = Console(stderr=True)
+    with Progress(console=console, transient=True, disable=not console.is_terminal) as progress:
+        task = progress.add_task(f"writing {dataset.name} {dataset.split}", total=len(dataset))
+        for done in write_shards(dataset, path, batch_size, workers):
+            progress.update(task, completed=done)
+    return Shards(path, dataset.split)
 
 
 def check(dataset: Any, batch_size: int = 256, workers: int = 0) -> dict[str, Any]:

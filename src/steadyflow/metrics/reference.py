@@ -70,8 +70,9 @@ class Sources:
     Args:
         features: makes the extractor.
         dataset: makes a split of the data set, called as dataset(split="train").
-        reference: `train` or `test`, a split of the data set; or the path of an npz of statistics (`mu` and `sigma`:
-            clean-fid's, EDM's, pytorch-fid's), or of images (folder, zip, npz, run).
+        reference: `train` or `test`, a split of the data set; or the path of statistics: an npz of `mu` and `sigma`
+            (clean-fid, EDM, pytorch-fid, pytorch-gan-metrics; a reference batch of Dhariwal & Nichol 2021, whose images
+            give the features) or of `feats` (clean-fid's for KID); or of images (folder, zip, npz, run).
         cache_dir: where features of references are kept, by content; None keeps none.
         batch_size: of the extraction. device: the extractor's.
     """
@@ -117,22 +118,44 @@ class Sources:
         path = Path(self._reference).expanduser()
         if path.suffix == ".npz" and path.is_file():
             with open_npz(path) as arrays:
-                if {"mu", "sigma"} <= set(arrays.files):
-                    return self._from_statistics(path, arrays)
+                if statistics := self._from_statistics(path, arrays):
+                    return statistics
+        return self._from_images(path)
+
+    def _from_images(self, path: Path) -> Reference:
         files = open_images(path)
         return self._cached(
             path.name, content_of(path), lambda: (images for _, images in files.batches(self.batch_size))
         )
 
-    def _from_statistics(self, path: Path, arrays: Any) -> Reference:
-        mean, covariance = (torch.from_numpy(np.asarray(arrays[key], np.float64)) for key in ("mu", "sigma"))
-        dim = self.extractor.dim
-        if mean.shape != (dim,) or covariance.shape != (dim, dim):
+    def _from_statistics(self, path: Path, arrays: Any) -> Reference | None:
+        """The reference of an npz, or None if it holds images alone. Raises ValueError for other statistics."""
+        names, dim = set(arrays.files), self.extractor.dim
+        if {"mu", "sigma"} <= names:
+            mu, sigma = (np.asarray(arrays[key], np.float64) for key in ("mu", "sigma"))
+            self._check_dim(path, mu.shape, (dim,), bool(np.isfinite(mu).all() and np.isfinite(sigma).all()))
+            self._check_dim(path, sigma.shape, (dim, dim), bool(np.allclose(sigma, sigma.T, 1e-4, 1e-6)))
+            load = (lambda: self._from_images(path).features) if "arr_0" in names else None
+            return Reference(path.name, torch.from_numpy(mu), torch.from_numpy(sigma), None, load)
+        if "feats" in names:
+            features = np.asarray(arrays["feats"], np.float32)
+            self._check_dim(path, features.shape, (len(features), dim), bool(np.isfinite(features).all()))
+            return fitted(path.name, torch.from_numpy(features))
+        if not names & {"images", "arr_0"}:
             raise ValueError(
-                f"{path} holds statistics of {mean.shape[0] if mean.ndim else 0} features, {self.extractor.name} has "
-                f"{dim}; choose the features they were made with"
+                f"{path} has the arrays {', '.join(arrays.files)}; expected mu and sigma (statistics), feats "
+                "(features) or images"
             )
-        return Reference(path.name, mean, covariance, None)
+        return None
+
+    def _check_dim(self, path: Path, found: tuple[int, ...], expected: tuple[int, ...], sound: bool) -> None:
+        if tuple(found) != expected:
+            raise ValueError(
+                f"{path} holds statistics of {found[-1] if found else 0} features, {self.extractor.name} has "
+                f"{self.extractor.dim}; choose the features they were made with"
+            )
+        if not sound:
+            raise ValueError(f"{path} is damaged: its numbers are not finite, or sigma is not symmetric")
 
     def _cached(self, name: str, content: str, batches: Callable[[], Iterator[Tensor]]) -> Reference:
         """The reference from its file in the cache, made first where it is missing."""
