@@ -79,7 +79,10 @@ def test_there_is_no_config_without_a_job() -> None:
 
 @pytest.mark.parametrize("option", options())
 def test_option(option: str) -> None:
-    """In every job that has the group, an experiment in its own (JOB_..., inversion_..., or sample), a sweep in any."""
+    """In every job that has the group, an experiment in its own (JOB_..., inversion_..., or sample), a sweep in any.
+
+    A dataset that only changes another one's settings is tried in the job that is quickest to compose.
+    """
     if option in PLUGINS and not find_spec(f"hydra_plugins.{PLUGINS[option]}"):
         pytest.skip(f"{PLUGINS[option]} is not installed")
     group, _, name = option.partition("=")
@@ -93,6 +96,8 @@ def test_option(option: str) -> None:
         overrides = [("prepare", option)]  # one job stands for all: there are dozens
     elif group == "checkpoint/running":
         overrides = [("sample", "checkpoint=path", option)]
+    elif group == "dataset" and "\ndefaults: [" in (CONFIGS / group / f"{name}.yaml").read_text():
+        overrides = [("prepare", option)]
     else:
         overrides = [(job, f"{g}={name}") for job in JOBS for g in groups(job) if g.partition("@")[0] == group]
     assert overrides, f"no job has the group {group}"
