@@ -80,11 +80,8 @@ def test_the_coefficients_of_a_flow_step_are_the_note_s(row: list[float]) -> Non
 def test_noise_enters_the_exponents_as_the_note_s_table_says() -> None:
     """Table 6.5: kappa_2 at t = 0.1, 0.6, 1 for w = 4, of directions with sigma_y^2 / s_i^2 = nu."""
     snr = 1 / torch.tensor([0.0025, 0.01, 0.04], dtype=torch.float64)
-    c = CPiGDM(VP, [0.9, 0.1], weight=4.0)
-    times = torch.tensor([0, 0.1, 0.6, 1], dtype=torch.float64)
-    exponent = [
-        torch.log1p(-c.coefficients(t, s, snr)[1] / VP(s)[0]) for t, s in zip(times[1:], times[:-1], strict=True)
-    ]
+    c = CPiGDM(VP, [1, 0.6, 0.1, 0], weight=4.0)
+    exponent = [torch.log1p(-c.coefficients(k, snr)[1] / VP(c.times[k + 1])[0]) for k in (2, 1, 0)]
     kappa = torch.stack(exponent).cumsum(0)
     expected = [
         [-0.199754606949, -0.168690392847, -0.112194427043],
@@ -173,6 +170,24 @@ def test_steps_converge_at_first_order_to_the_guided_flow(
     assert 1.9 < errors[1] / errors[2] < 2.1
     limit = ends[2] / 3 * 8 - 2 * ends[1] + ends[0] / 3  # h and h^2 removed
     torch.testing.assert_close(limit, goal, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize(("sigma_y", "power"), [(0.0, 2.0), (0.2, 1.0)])
+@pytest.mark.parametrize("make", [partial(CPiGDM, VP, weight=4.0), partial(CPiGFM, OT, weight=20.0)])
+def test_of_order_two_steps_converge_at_second_order_on_any_grid(
+    dense: type, make: Callable[..., CPiGDM], sigma_y: float, power: float
+) -> None:
+    matrix = torch.tensor([[1.0, 0.3, 0, 0.2], [0, 0.4, -0.2, 0.1]], dtype=torch.float64)  # two singular values
+    given = Measurement(Y, dense(matrix, SHAPE), sigma_y)
+    times = [0.1 + 0.5 * torch.linspace(1, 0, n + 1, dtype=torch.float64) ** power for n in (16, 32, 128)]
+    frozen = make(grid=times[0])
+    guide = partial(PiGDM, weight=frozen.weight, gamma="conjugate")
+    goal = GuidedSampler(Heun(frozen.path, times[2]), guide)(PRIOR, given, fixed(Z))
+    counted = CountedDenoiser(PRIOR)
+    errors = [(make(grid=grid, order=2)(counted, given, fixed(Z)) - goal).norm() for grid in times[:2]]
+    assert counted.rows == 16 + 32  # as many as of order 1
+    assert 3.4 < errors[0] / errors[1] < 4.7
+    assert errors[0] < 0.4 * (frozen(PRIOR, given, fixed(Z)) - goal).norm()
 
 
 @pytest.mark.parametrize("make", [partial(CPiGDM, VP, weight=4.0), partial(CPiGFM, OT, weight=20.0)])
@@ -268,5 +283,7 @@ def test_bad_input_is_said_in_one_line() -> None:
         CPiGFM(VP, Uniform(start=0.6), 6)
     with pytest.raises(ValueError, match="CPiGFM starts where there is signal, not at t = 1"):
         CPiGFM(OT, Uniform(start=1.0), 6)
+    with pytest.raises(ValueError, match=r"the order is 1, or 2 with lambda = 0; got 2 with lambda = 0\.5"):
+        CPiGDM(VP, Uniform(start=0.6), 6, lam=0.5, order=2)
     with pytest.raises(ValueError, match="frozen is velocity or noise, got 'x'"):
         CPiGFM(OT, Uniform(start=0.8), 6, frozen="x")

@@ -36,8 +36,16 @@ class ConjugateIntegrator(Restorer):
         Y = m' - m a_t - lambda int_t^s m a,   Z = -int c n m a,   n' + lambda (h n a_t - int_t^s n a) before f,
         (1 + lambda h) m a_t + Y before D
 
-    Without noise an operator need not be linear: then Z is that of the null space throughout (heuristic), lambda 0.
-    Source: Pandey et al. 2024 (fast samplers for inverse problems), Section 3, its transform applied step by step.
+    Without noise an operator need not be linear: then f and zeta have the factors of the null space throughout
+    (heuristic), lambda 0.
+
+    Of order 2, f and zeta are not frozen but continued on the line through the step before (from r > t), an
+    Adams-Bashforth step of the same cost: with g = (t - tau) / (r - t), and lambda 0, the step adds
+
+        (n' g_s - int_s^t n (m' / m) exp(-int_s^tau c_i) |dg|) (f - f_r) - (int_s^t c n m' exp(...) g) (zeta - zeta_r)
+
+    Source: Pandey et al. 2024 (fast samplers for inverse problems), Section 3, its transform applied step by step;
+    of order 1.
 
     Args:
         path: where to sample; `grid` and `steps` as of OneStepSampler. The first time is tau. One evaluation a step.
@@ -45,10 +53,11 @@ class ConjugateIntegrator(Restorer):
         lam: lambda.
         init: the start, see `starting_state`.
         denoise_last: a last step to t = 0 is D alone, without guidance (and without a vector-Jacobian product).
+        order: 1 or 2, which halves the error where there are steps enough to continue on; lambda must be 0.
 
     Raises:
         ValueError: a path of another family, a start where alpha = 0, w <= 0, or w so large that a step's
-            coefficients overflow.
+            coefficients overflow; another order, or order 2 with lambda.
     """
 
     form: str  # in errors
@@ -63,6 +72,7 @@ class ConjugateIntegrator(Restorer):
         lam: float,
         init: str,
         denoise_last: bool,
+        order: int,
     ):
         self.path, self.times = path, time_grid(path, grid, steps)
         self.weight, self.lam, self.init, self.denoise_last = float(weight), float(lam), init, denoise_last
@@ -73,21 +83,23 @@ class ConjugateIntegrator(Restorer):
             raise ValueError(f"{type(self).__name__} needs a path with {self.form}, not {type(path).__name__}")
         if not self.weight > 0:
             raise ValueError(f"the guidance weight must be positive, got {weight}")
-        self.table = [  # noiseless: (null space, range) of the four coefficients of each step
-            self.coefficients(t, s, torch.tensor([0, torch.inf]))
-            for t, s in zip(self.times, self.times[1:], strict=False)
-        ]
+        if order not in (1, 2) or (order == 2 and lam != 0):
+            raise ValueError(f"the order is 1, or 2 with lambda = 0; got {order} with lambda = {lam:g}")
+        self.order = order
+        ends = torch.tensor([0, torch.inf])  # noiseless: (null space, range) of the coefficients of each step
+        self.table = [self.coefficients(k, ends) for k in range(len(self.times) - 1)]
 
     @abstractmethod
     def frame(self, b: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """(sigma, m, n, c / w per unit of b) where alpha = exp(-b)."""
 
-    def coefficients(self, t: Tensor, s: Tensor, snr: Tensor) -> Tensor:
-        """(4, *): the factors of D, u, f and zeta in the step t -> s for directions of snr = s_i^2 / sigma_y^2 (*).
+    def coefficients(self, k: int, snr: Tensor) -> Tensor:
+        """(4 or 6, *): the factors of D, u, f, zeta in step k for directions of snr = s_i^2 / sigma_y^2 (*), and of
 
-        By Gauss-Legendre quadrature in sqrt(b - b_s), b = -log(alpha), in which all integrands are smooth.
+        f - f_r and zeta - zeta_r where the order is 2 and there is a step before. By Gauss-Legendre quadrature in
+        sqrt(b - b_s), b = -log(alpha), in which all integrands are smooth.
         """
-        snr = snr.double()
+        snr, (t, s) = snr.double(), self.times[k : k + 2]
         shape, device = (-1, *[1] * snr.ndim), snr.device
         z, weights, integral = (v.to(device) for v in gauss_legendre(NODES))
         b_t, b_s = (-self.path(v)[0].log().to(device) for v in (t, s))
@@ -104,15 +116,20 @@ class ConjugateIntegrator(Restorer):
                 f"coefficients overflow; use w < {self.weight * MAX_DAMPING / most:.3g}"
             )
         kept, kept_t = m_s / m * torch.exp(-depth), m_s / m_t * torch.exp(-total)
-        if self.lam == 0:
-            one, zeta = torch.ones_like(total), -(weights * pull * m * n * kept).sum(0)
-            return torch.stack([m_s * one, m_s * (1 - torch.exp(-total)), n_s * one, zeta])
-        clock, h = self.direction * self.lam, self.direction * (s - t)
         tau = self.path.time_at((sigma / torch.exp(-b).reshape(shape)).cpu())
+        alpha_tau, slope = self.path(tau)[0], self.path.derivative(tau)[0]
+        dtau = (alpha_tau / slope).to(device) * db * weights  # from t to s
+        if self.lam == 0:
+            one, jacobian = torch.ones_like(total), -(weights * pull * m * n * kept)
+            rows = [m_s * one, m_s * (1 - torch.exp(-total)), n_s * one, jacobian.sum(0)]
+            if self.order == 2 and k > 0:
+                past = self.times[k - 1] - t
+                g = ((t - tau) / past).to(device)
+                rows += [(t - s) / past * n_s + (kept * n * dtau).sum(0) / past, (jacobian * g).sum(0)]
+            return torch.stack(rows)
+        clock, h, dtau = self.direction * self.lam, self.direction * (s - t), self.direction * dtau
         kept = kept * torch.exp(clock * (tau - s)).to(device)
         kept_t = kept_t * torch.exp(clock * (t - s))
-        alpha_tau, slope = self.path(tau)[0], self.path.derivative(tau)[0]
-        dtau = self.direction * (alpha_tau / slope).to(device) * db * weights  # from t to s
         x, y = (1 + self.lam * h) * m_t * kept_t, m_s - m_t * kept_t - self.lam * (m * kept * dtau).sum(0)
         f = n_s + self.lam * (h * n_t * kept_t - (n * kept * dtau).sum(0))
         return torch.stack([x + y, y, f, -(weights * pull * m * n * kept).sum(0)])
@@ -130,6 +147,7 @@ class ConjugateIntegrator(Restorer):
         steps = len(self.times) - 1
         x = starting_state(self.init, self.path, self.times[0], measurement, noise)
         sums: list[Tensor] = []
+        before: list[Tensor] = []
         for k, (t, s) in enumerate(zip(self.times, self.times[1:], strict=False)):
             alpha, sigma = self.path(t)
             if self.denoise_last and s == 0:
@@ -141,32 +159,36 @@ class ConjugateIntegrator(Restorer):
                 u = measurement.residual(x0)
                 shrunk = u if measurement.sigma_y == 0 else measurement.correction(x0, sigma**2 / (alpha**2 + sigma**2))
                 zeta = combine(1 / n, shrunk, -m / n, pull(shrunk))
-                x = self._mix(measurement, k, x0, u, f, zeta)
+                changes = [new - old for new, old in zip((f, zeta), before, strict=False)] if self.order == 2 else []
+                x, before = self._mix(measurement, k, [x0, u, f, zeta, *changes]), [f, zeta]
             sums.append(x.sum(dtype=torch.float32))
             if progress is not None:
                 progress((k + 1) / steps)
         check_finite(sums, self.times)
         return x
 
-    def _mix(self, measurement: Measurement, k: int, x0: Tensor, u: Tensor, f: Tensor, zeta: Tensor) -> Tensor:
-        """The step's sum of functions of A^T A."""
-        operator, (t, s) = measurement.operator, self.times[k : k + 2]
-        if measurement.sigma_y == 0:
-            (m0, m1), (_, y1), (n0, n1), (z0, z1) = self.table[k].tolist()
-            x = m0 * x0 + y1 * u + n0 * f + z0 * zeta
-            if not hasattr(operator, "spectral"):
-                if self.lam:
-                    raise ValueError(f"{type(operator).__name__} is not linear; lambda must be 0, not {self.lam:g}")
-                return x
-            rest = (z1 - z0) * zeta
-            return x + operator.project(rest + (m1 - m0) * x0 + (n1 - n0) * f if self.lam else rest)
+    def _mix(self, measurement: Measurement, k: int, parts: list[Tensor]) -> Tensor:
+        """The step's sum of functions of A^T A, each of a part: D, u, f, zeta, and the changes of the last two."""
+        operator = measurement.operator
+        if measurement.sigma_y > 0:
 
-        def factor(j: int, v: Tensor) -> Tensor:
-            if self.lam == 0 and j in (0, 2):  # of D and f: the same in all directions
-                return self.table[k][j, 0].item() * v
-            return operator.spectral(v, lambda g: self.coefficients(t, s, (g / measurement.sigma_y) ** 2)[j])
+            def factor(j: int, v: Tensor) -> Tensor:
+                null, measured = self.table[k][j].tolist()
+                if null == measured:
+                    return null * v
+                return operator.spectral(v, lambda g: self.coefficients(k, (g / measurement.sigma_y) ** 2)[j])
 
-        return sum((factor(j, v) for j, v in enumerate((x0, u, f, zeta))), torch.zeros_like(x0))
+            return sum((factor(j, v) for j, v in enumerate(parts)), torch.zeros_like(parts[0]))
+        x, of_range = torch.zeros_like(parts[0]), []
+        for j, (v, (null, measured)) in enumerate(zip(parts, self.table[k].tolist(), strict=True)):
+            x += (measured if j == 1 else null) * v  # u has no part in the null space
+            if j != 1 and null != measured:
+                of_range.append((measured - null) * v)
+        if hasattr(operator, "spectral"):
+            return x + operator.project(sum(of_range[1:], of_range[0]))
+        if self.lam:
+            raise ValueError(f"{type(operator).__name__} is not linear; lambda must be 0, not {self.lam:g}")
+        return x
 
 
 class CPiGDM(ConjugateIntegrator):
@@ -175,8 +197,8 @@ class CPiGDM(ConjugateIntegrator):
     c = w beta / 2, so q = (alpha_t / alpha_s)^w without noise. Source: Pandey et al. 2024, Section 3.
 
     Args:
-        path, grid, steps, weight, lam, init, denoise_last: see ConjugateIntegrator. The paper's grid is uniform from
-            tau to 1e-3, then one denoising.
+        path, grid, steps, weight, lam, init, denoise_last, order: see ConjugateIntegrator. The paper's grid is uniform
+            from tau to 1e-3, then one denoising.
     """
 
     form, direction = "alpha^2 + sigma^2 = 1", 1.0
@@ -190,8 +212,9 @@ class CPiGDM(ConjugateIntegrator):
         lam: float = 0.0,
         init: str = "pinv",
         denoise_last: bool = True,
+        order: int = 1,
     ):
-        super().__init__(path, grid, steps, weight, lam, init, denoise_last)
+        super().__init__(path, grid, steps, weight, lam, init, denoise_last, order)
 
     def frame(self, b: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         sigma = torch.sqrt(-torch.expm1(-2 * b))
@@ -208,8 +231,8 @@ class CPiGFM(ConjugateIntegrator):
     Source: Pandey et al. 2024, Section 3, for flows.
 
     Args:
-        path, grid, steps, weight, lam, init, denoise_last: see ConjugateIntegrator. The paper's grid is uniform from
-            tau < 1 to 0, and its last step is guided too.
+        path, grid, steps, weight, lam, init, denoise_last, order: see ConjugateIntegrator. The paper's grid is uniform
+            from tau < 1 to 0, and its last step is guided too.
         frozen: "velocity" or "noise".
     """
 
@@ -224,12 +247,13 @@ class CPiGFM(ConjugateIntegrator):
         lam: float = 0.0,
         init: str = "pinv",
         denoise_last: bool = False,
+        order: int = 1,
         frozen: str = "velocity",
     ):
         if frozen not in ("velocity", "noise"):
             raise ValueError(f"frozen is velocity or noise, got '{frozen}'")
         self.frozen = frozen
-        super().__init__(path, grid, steps, weight, lam, init, denoise_last)
+        super().__init__(path, grid, steps, weight, lam, init, denoise_last, order)
 
     def frame(self, b: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         alpha, sigma = torch.exp(-b), -torch.expm1(-b)
