@@ -147,7 +147,7 @@ def test_a_diffpir_step_solves_its_least_squares(measured: Callable[..., Measure
 def test_a_flow_dps_step_moves_the_clean_end_along_the_flow(measured: Callable[..., Measurement]) -> None:
     """Written with the velocity: the clean end x - t v, the noisy end x + (1 - t) v, and two gradients by autograd."""
     given, network, z, t, s = measured(0.1), Wavy(), _random(3, *SHAPE, seed=3), 0.7, 0.4
-    found = FlowDPS(OT, [t, s], scale=0.05, descents=2, init="pinv")(network, given, fixed(z))
+    found = FlowDPS(OT, [t, s], scale=0.7, descents=2, init="pinv")(network, given, fixed(z))
     x = (1 - t) * given.operator.pinv(given.y) + t * z
     velocity = (x - network(x, *OT(t))) / t
     clean, noisy = x - t * velocity, x + (1 - t) * velocity
@@ -155,7 +155,8 @@ def test_a_flow_dps_step_moves_the_clean_end_along_the_flow(measured: Callable[.
     for _ in range(2):
         moved = moved.detach().requires_grad_()
         (slope,) = torch.autograd.grad((given.y - given.operator(moved)).square().sum() / 2, moved)
-        moved = moved - 0.05 * slope
+        bends = given.operator(slope).flatten(1).square().sum(1)
+        moved = moved - (0.7 * slope.flatten(1).square().sum(1) / bends).reshape(-1, 1, 1, 1) * slope
     clean = (1 - t) * clean + t * moved.detach()
     expected = (1 - s) * clean + s * (s**0.5 * noisy + (1 - s) ** 0.5 * z)
     torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-10)
@@ -164,7 +165,7 @@ def test_a_flow_dps_step_moves_the_clean_end_along_the_flow(measured: Callable[.
 def test_red_diff_is_adam_on_the_source_s_loss(measured: Callable[..., Measurement]) -> None:
     given, network, times = measured(0.1), Wavy(), [0.9, 0.6, 0.3, 0.1, 0.0]
     noise = NoiseSource(0, range(3), SHAPE, dtype=torch.float64)
-    found = REDDiff(VP, times, weight=0.3, lr=0.05)(network, given, noise)
+    found = REDDiff(VP, times, weight=0.3, lr=0.05, means=False)(network, given, noise)
     mu = given.operator.pinv(given.y).clone().requires_grad_()
     adam = torch.optim.Adam([mu], lr=0.05, betas=(0.9, 0.99))
     for k, t in enumerate(times[:-1]):
@@ -177,6 +178,17 @@ def test_red_diff_is_adam_on_the_source_s_loss(measured: Callable[..., Measureme
         (fit + 0.3 * sigma / alpha * ((eps - z) * mu).sum()).backward()
         adam.step()
     torch.testing.assert_close(found, mu.detach(), rtol=1e-7, atol=1e-7)
+
+
+def test_red_diff_counts_means_over_what_is_measured() -> None:
+    shape, mask = (1, 4, 4), (torch.arange(16).reshape(4, 4) % 4 > 0).double()
+    y, noise = torch.randn(2, *shape, generator=torch.Generator().manual_seed(1)), NoiseSource(0, [0, 1], shape)
+    given = Measurement(mask.float() * y, Inpainting(shape, mask))
+    by_means, by_sums = (
+        REDDiff(VP, Uniform(), 3, **options)(Gaussian(torch.zeros(shape), 0.4), given, noise)
+        for options in ({"weight": 0.4}, {"weight": 0.3, "means": False})
+    )
+    assert torch.equal(by_means, by_sums)
 
 
 METHODS: dict[str, Callable[[], Restorer]] = {
@@ -242,7 +254,7 @@ def test_bad_input_is_said_in_one_line(measured: Callable[..., Measurement]) -> 
         DDNM(VP, Uniform(), 4, init="x")
     with pytest.raises(ValueError, match=r"FlowDPS needs a path with alpha \+ sigma = 1, not VariancePreserving"):
         FlowDPS(VP, Uniform(), 4)
-    with pytest.raises(ValueError, match="need scale > 0 and descents >= 1, got 0 and 3"):
+    with pytest.raises(ValueError, match="need 0 < scale < 2 and descents >= 1, got 0 and 3"):
         FlowDPS(OT, Uniform(), 4, scale=0)
     clip = Clip((1, 2, 2))
     bent = Measurement(torch.zeros(1, 1, 2, 2), clip)

@@ -2,30 +2,35 @@
 
 from collections.abc import Sequence
 
+import torch
 from torch import Tensor
 
 from steadyflow.denoisers import Denoiser
 from steadyflow.grids import Grid
-from steadyflow.paths import GaussianPath
+from steadyflow.paths import GaussianPath, expand
 from steadyflow.restorers.restorer import Measurement
 from steadyflow.restorers.stepwise import StepwiseRestorer, level
+
+TINY = 1e-30  # of |A g|^2: where it is 0, so is g
 
 
 class FlowDPS(StepwiseRestorer):
     """x_s = alpha_s x_0 + sigma_s [sqrt(sigma_s) eps + sqrt(1 - sigma_s) z],   eps = (x_t - alpha_t D) / sigma_t
 
-        x_0 = (1 - sigma_t) D + sigma_t v,   v from D by `descents` times  v <- v + scale A^T (y - A v)
+        x_0 = (1 - sigma_t) D + sigma_t v,   v from D by `descents` times  v <- v + scale (|g|^2 / |A g|^2) g
+                                                                           g = A^T (y - A v)
 
-    on conditional OT, alpha = 1 - t, sigma = t. The last step, to s = 0, is x_0. No gradient of the network.
-    Source: Kim et al. 2025 (FlowDPS), Algorithm 1.
+    on conditional OT, alpha = 1 - t, sigma = t. The last step, to s = 0, is x_0. With scale 1 each descent goes to the
+    least |y - A v| along g, of each sample, whatever the size of A (the source has one step size for each A). No
+    gradient of the network. Source: Kim et al. 2025 (FlowDPS), Algorithm 1.
 
     Args:
         path, grid, steps, init: see StepwiseRestorer. One evaluation a step.
-        scale: step size on |y - A v|^2 / 2; below 2 / |A|^2 it does not diverge, and 1 suits an A of norm 1.
-        descents: steps of it.
+        scale: of a descent; it does not diverge below 2.
+        descents: how many a step.
 
     Raises:
-        ValueError: another path; scale <= 0 or descents < 1; an operator that is not linear.
+        ValueError: another path; scale outside (0, 2) or descents < 1; an operator that is not linear.
     """
 
     def __init__(
@@ -41,8 +46,8 @@ class FlowDPS(StepwiseRestorer):
         alpha, sigma = path(self.times)
         if (alpha + sigma - 1).abs().max() > 1e-9:
             raise ValueError(f"FlowDPS needs a path with alpha + sigma = 1, not {type(path).__name__}")
-        if not (0 < scale < float("inf") and descents >= 1):
-            raise ValueError(f"need scale > 0 and descents >= 1, got {scale} and {descents}")
+        if not (0 < scale < 2 and descents >= 1):
+            raise ValueError(f"need 0 < scale < 2 and descents >= 1, got {scale} and {descents}")
         self.scale, self.descents = float(scale), int(descents)
 
     def update(
@@ -63,5 +68,7 @@ class FlowDPS(StepwiseRestorer):
         noise = s_s**0.5 / s_t * (x - a_t * x0) + (1 - s_s) ** 0.5 * z
         v = x0
         for _ in range(self.descents):
-            v = v + self.scale * operator.adjoint(y - operator(v))
+            g = operator.adjoint(y - operator(v))
+            size, seen = (torch.linalg.vector_norm(r.flatten(1), dim=1) for r in (g, operator(g)))
+            v = v + expand(self.scale * size.square() / seen.square().clamp(min=TINY), g) * g
         return a_s * x0.lerp(v, s_t) + s_s * noise

@@ -107,15 +107,16 @@ def read(name: str, config: Mapping[str, Any], scale: str | None = None) -> Tabl
         title: ...                            source: {work: "000", table: "3.1"}, or any text
         job: sample                           set, needs: of every cell
         columns: {LABEL: {metric: fid, set: "sampler=ddim", needs: [...], factor: 1}}
-        rows: {LABEL: {set: "sampler.steps=10", needs: [...]}}
+        rows: {LABEL: {set: "sampler.steps=10", needs: [...], where: {SR: "sampler.weight=1"}}}
         published: {ROW: [a value for each column; `none` where the source has no such cell]}, or null
         scale: {mini: "dataset=digits checkpoint=digits32 num_samples=256"}      further overrides, by scale;
                                               also {set: ..., needs: [...]}; and in a row, of that row
         seeds: [0, 1, 2]                      of each cell, [0] without
         first: {outputs/net: "train +experiment=..."}     runs that the cells read, as commands without hydra.run.dir
 
-    `set` holds overrides as on a command line. Where several name one key, the scale's wins over the row's, that over
-    the column's, and that over the table's; a need that is only the value of an override that lost is none.
+    `set` holds overrides as on a command line, `where` those of a row in the columns whose label begins so. Where
+    several name one key, the scale's wins over the row's, that over the column's, and that over the table's; a need
+    that is only the value of an override that lost is none.
 
     Args:
         name: the config's.
@@ -125,7 +126,7 @@ def read(name: str, config: Mapping[str, Any], scale: str | None = None) -> Tabl
 
     Raises:
         ValueError: a key that a table does not have, a missing one, another number of published values than columns,
-            or a scale that the table does not have.
+            a `where` without such a column, or a scale that the table does not have.
     """
     wrong = sorted(set(config) - KEYS) + [
         f"no {key}" for key in ("title", "job", "columns", "rows") if key not in config
@@ -150,6 +151,8 @@ def read(name: str, config: Mapping[str, Any], scale: str | None = None) -> Tabl
     cells = []
     for row, r in rows.items():
         extra = common | overrides(str((r.get("scale") or {}).get(chosen) or ""))
+        if nowhere := [k for k in r.get("where") or {} if not any(str(c).startswith(k) for c in columns)]:
+            raise ValueError(f"table {name}, row {row}: no column begins with {nowhere[0]!r}")
         if len(values[row]) != len(columns):
             raise ValueError(f"table {name}, row {row}: {len(values[row])} published values for {len(columns)} columns")
         for (column, c), value in zip(columns.items(), values[row], strict=True):
@@ -159,6 +162,7 @@ def read(name: str, config: Mapping[str, Any], scale: str | None = None) -> Tabl
                 overrides(str(config.get("set") or ""))
                 | overrides(str(c.get("set") or ""))
                 | overrides(str(r.get("set") or ""))
+                | overrides(" ".join(v for k, v in (r.get("where") or {}).items() if str(column).startswith(k)))
             )
             needs = dict.fromkeys([*_names(config), *_names(r), *_names(c)])
             for key, lost in own.items():
