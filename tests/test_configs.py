@@ -90,8 +90,8 @@ def test_option(option: str) -> None:
         verb = name.replace("inversion_", "invert_")
         own = [job for job in JOBS if verb.startswith(f"{job}_")] or ["sample"]
         overrides = [(job, f"+{option}") for job in own]
-    elif group in {"sweep", "task"}:  # the job restore, which chooses a task, is to come
-        overrides = [("sample", f"+{option}")]
+    elif group == "sweep":
+        overrides = [("restore" if name.startswith("c_pigdm") else "sample", f"+{option}")]
     elif group == "checkpoint" and "checkpoints.public" in (CONFIGS / group / f"{name}.yaml").read_text():
         overrides = [("prepare", option)]  # one job stands for all: there are dozens
     elif group == "checkpoint/running":

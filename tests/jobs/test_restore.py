@@ -15,15 +15,15 @@ from steadyflow import cli
 from steadyflow.callbacks.samples import SampleFiles
 from steadyflow.data import Digits, ImageFiles, from_uint8, open_images, to_uint8, write_png_zip
 from steadyflow.data.image_files import DatasetPart
-from steadyflow.denoisers import Empirical
+from steadyflow.denoisers import Empirical, Gaussian
 from steadyflow.grids import Uniform
 from steadyflow.guidance import PiGDM
 from steadyflow.linear import Inpainting, SuperResolution, box_mask
-from steadyflow.modules.restoring import Measurements
+from steadyflow.modules.restoring import Measurements, Restoration
 from steadyflow.noise import NoiseSource
 from steadyflow.paths import ConditionalOT
 from steadyflow.restorers import GuidedSampler, Measurement
-from steadyflow.samplers import Euler
+from steadyflow.samplers import Euler, Heun
 from steadyflow.tables.outcomes import number
 
 PRIOR = ["checkpoint=analytic", "checkpoint.dataset={_target_:steadyflow.data.Digits,split:train}"]
@@ -156,6 +156,55 @@ def test_interrupted_and_continued(tmp_path, monkeypatch, capsys):
     assert "holds a run with another config: task.factor (4 there, 2 here)" in said
 
 
+def test_several_samples_of_each_posterior(tmp_path, capsys):
+    options = [
+        "num_images=2",
+        "first=3",
+        "samples_per_image=3",
+        "sampler=pigdm",
+        "task.sigma_y=0.3",
+        "callbacks=[psnr]",
+    ]
+    x, metrics = done(tmp_path, *options, "batch_size=4")
+    assert open_images(tmp_path).index.tolist() == [*range(9, 15)]
+    assert metrics["protocol"]["nfe"]["count"] == 6
+    groups = from_uint8(torch.from_numpy(x)).unflatten(0, (2, 3))
+    with np.load(tmp_path / "posterior.npz") as found:
+        assert found["index"].tolist() == [3, 4]
+        np.testing.assert_allclose(found["mean"], groups.mean(1), atol=1e-6)
+        np.testing.assert_allclose(found["std"], groups.std(1), atol=1e-6)
+    pixels = np.asarray(Image.open(tmp_path / "grid.png"))
+    assert pixels.shape == (2 + 2 * 34, 2 + 7 * 34)  # reference | measurement | three samples | mean | std
+    assert np.array_equal(pixels[36:68, 2:34], DIGITS.images[4, 0])
+    assert np.array_equal(pixels[36:68, 36 + 34 : 68 + 34], x[3, 0])
+    assert np.array_equal(pixels[36:68, 172:204], to_uint8(groups.mean(1))[1, 0].numpy())
+    assert pixels[:, 206:238].max() == 255
+    assert "samples_per_image must be at least 1, got 0" in mistake(capsys, tmp_path / "x", "samples_per_image=0")
+
+
+def test_samples_of_a_gaussian_posterior_have_its_mean_and_spread():
+    """x_0 ~ N(m, I), the case in which guidance is exact: E[x_0 | y] and the standard deviation of each pixel."""
+    count, shape, sigma_y = 2000, (1, 8, 8), 0.5
+    dataset = Digits("test", size=8)
+    operator = SuperResolution(shape, 2)
+    images = ImageFiles([DatasetPart(dataset, np.arange(2, 4))]).repeated(count)
+    measurements = Measurements(images, operator, sigma_y, seed=3, samples=count)
+    y = measurements(torch.tensor([3 * count - 1, 3 * count])).y  # the last of image 2, the first of image 3
+    alone = Measurements(ImageFiles([DatasetPart(dataset, np.arange(2, 4))]), operator, sigma_y, seed=3)
+    assert torch.equal(alone(torch.tensor([2, 3])).y, y)
+    restorer = GuidedSampler(Heun(ConditionalOT(), Uniform(1, 1e-3), 24), PiGDM, init="noise")
+    index = range(3 * count, 4 * count)
+    mean = torch.linspace(-1, 1, 64).reshape(shape)
+    x = Restoration(restorer, measurements)(Gaussian(mean, 1.0), NoiseSource(3, index, shape)).double()
+    eye = torch.eye(64, dtype=torch.float64)
+    matrix = operator(eye.reshape(64, *shape)).flatten(1).T
+    gain = matrix.T @ torch.linalg.inv(matrix @ matrix.T + sigma_y**2 * torch.eye(16, dtype=torch.float64))
+    expected = mean.flatten() + gain @ (y[1].flatten().double() - matrix @ mean.flatten().double())
+    std = (eye - gain @ matrix).diag().sqrt()
+    assert ((x.flatten(1).mean(0) - expected).abs() < 4 * std / count**0.5).all()
+    assert ((x.flatten(1).std(0) / std - 1).abs() < 4 / (2 * count) ** 0.5 + 0.01).all()
+
+
 def test_labels_and_guidance(tmp_path):
     options = ["num_images=2", "callbacks=none", "task=sr8"]
     own, metrics = done(tmp_path / "own", *options)
@@ -209,17 +258,24 @@ def test_images_of_a_zip(tmp_path, capsys):
     assert "has (1, 16, 32)" in said
 
 
-def test_a_sweep_and_its_report(tmp_path, monkeypatch):
+def test_the_grid_search_of_c_pigdm_ends_in_a_table_and_heat_maps(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    swept = ["+sweep=grid", "sampler.steps=2,4", "sampler.weight=0.5,1", "hydra.sweep.dir=sweep"]
-    assert cli.main(["restore", *PRIOR, "logger=none", "num_images=2", "callbacks=[psnr]", *swept]) == 0
-    pivot = ["rows=sampler.steps", "columns=sampler.weight", "metric=[psnr,consistency]", "hydra.run.dir=report"]
-    assert cli.main(["report", "dir=sweep", *pivot]) == 0
-    table = Path("report/pivot_consistency.md").read_text()
-    found = json.loads(Path("sweep/3/metrics.json").read_text())  # 4 steps, weight 1
-    assert number(found["consistency"]) in table.splitlines()[-1]
-    with Image.open("report/heat_psnr.png") as picture:
-        assert picture.size[0] > 200
+    swept = ["+sweep=c_pigdm_grid", "sampler.steps=2", "sampler.weight=0.1,8", "sampler.grid.start=0.4,0.6"]
+    options = ["logger=none", "num_images=2", "callbacks=[psnr]", "hydra.sweep.dir=sweep"]
+    assert cli.main(["restore", *PRIOR, *options, *swept]) == 0
+    found = [json.loads(Path(f"sweep/{k}/metrics.json").read_text()) for k in range(4)]
+    with Path("sweep/report/report.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert [(row["sampler.weight"], row["sampler.grid.start"]) for row in rows] == [
+        *(("0.1", "0.4"), ("0.1", "0.6"), ("8", "0.4"), ("8", "0.6"))
+    ]
+    for metric, choose in (("psnr", max), ("consistency", min)):
+        values = [m[metric] for m in found]
+        assert [float(row[metric]) for row in rows] == pytest.approx(values)
+        assert metric in rows[values.index(choose(values))]["best_in"]
+        assert f"**{number(choose(values))}**" in Path(f"sweep/report/pivot_{metric}.md").read_text()
+        with Image.open(f"sweep/report/heat_{metric}.png") as picture:
+            assert picture.size[0] > 200
 
 
 MASK = ["task=inpaint_box", "~task.operator.mask.size", "task.operator.mask._target_=steadyflow.linear.file_mask"]

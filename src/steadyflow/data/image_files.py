@@ -122,7 +122,12 @@ class ImageFiles:
 
     def only(self, index: np.ndarray) -> "ImageFiles":
         """The images of the numbers `index` alone, in that order; still none of them read."""
-        return ImageFiles([ChosenPart(self, index, self._places(index))])
+        return ImageFiles([ChosenPart(self, index, index)])
+
+    def repeated(self, times: int) -> "ImageFiles":
+        """Each image `times` times, image i under the numbers times i to times i + times - 1."""
+        number = (self.index[:, None] * times + np.arange(times)).ravel()
+        return ImageFiles([ChosenPart(self, number, number // times)])
 
     def _places(self, index: np.ndarray) -> np.ndarray:
         place = self._order[np.searchsorted(self.index, index, sorter=self._order).clip(max=len(self) - 1)]
@@ -226,15 +231,16 @@ class ArchivePart:
 
 
 class ChosenPart:
-    """Some of other files' images: those of the numbers `index` at the places `place`."""
+    """Some of other files' images: those of the numbers `source`, under the numbers `index`."""
 
-    def __init__(self, files: ImageFiles, index: np.ndarray, place: np.ndarray):
-        self.files, self.index, self.where = files, index, files.parts[0].where
+    def __init__(self, files: ImageFiles, index: np.ndarray, source: np.ndarray):
+        self.files, self.index, self.source, self.where = files, index, source, files.parts[0].where
+        place = files._places(source)
         self.label = None if files.label is None else files.label[place]
         self.size, self.channels = files.shape[1:], files.channels
 
     def reader(self, channels: int) -> Reader:
-        return lambda rows: self.files.pixels(self.index[rows])
+        return lambda rows: self.files.pixels(self.source[rows])
 
 
 class DatasetPart:

@@ -7,8 +7,9 @@ from pathlib import Path
 from typing import Any
 
 from hydra.core.hydra_config import HydraConfig
+from hydra.experimental.callback import Callback
 from hydra.utils import instantiate
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
 from rich.table import Table as RichTable
 
@@ -43,7 +44,35 @@ def run(cfg: DictConfig) -> dict[str, Any]:
         FileNotFoundError: no run there.
         ValueError: a metric that no run has, a parameter that no config has, a run of an incompatible version.
     """
-    out, source = Path(HydraConfig.get().runtime.output_dir), Path(cfg.dir).expanduser()
+    return write(cfg, Path(HydraConfig.get().runtime.output_dir))
+
+
+class AtTheEnd(Callback):
+    """Hydra's callback that reports a multirun when its last run has ended, to the folder `report` of the sweep's.
+
+        hydra: {callbacks: {report: {_target_: steadyflow.jobs.report.AtTheEnd, rows: sampler.steps, columns: seed}}}
+
+    Args:
+        metric, rows, columns, x, lines: see configs/report.yaml. Metrics that no run has are left out.
+    """
+
+    def __init__(self, **options: Any):
+        names = ("metric", "rows", "columns", "x", "lines")
+        if wrong := sorted({*options} - {*names}):
+            raise ValueError(f"a report at the end has no {', '.join(wrong)}; it has {', '.join(names)}")
+        self.options = dict.fromkeys(names) | options
+
+    def on_multirun_end(self, config: DictConfig, **_: Any) -> None:
+        directory = Path(config.hydra.sweep.dir)
+        known = metric_names(gather(directory, record.FORMAT)[0])
+        options = self.options | {"metric": [name for name in _list(self.options["metric"]) if name in known]}
+        (directory / "report").mkdir(exist_ok=True)
+        write(OmegaConf.create({"dir": str(directory), "logger": None, **options}), directory / "report")
+
+
+def write(cfg: DictConfig, out: Path) -> dict[str, Any]:
+    """Writes the report of cfg.dir to `out`; returns and raises as `run`."""
+    source = Path(cfg.dir).expanduser()
     rows, unfinished = gather(source, record.FORMAT)
     parameters, known = swept(rows), metric_names(rows)
     metrics = _list(cfg.metric) or known

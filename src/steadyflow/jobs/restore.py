@@ -15,7 +15,7 @@ from steadyflow.callbacks.evaluation import Evaluation
 from steadyflow.callbacks.results import SampleResults
 from steadyflow.callbacks.samples import SampleFiles
 from steadyflow.checkpoints import Checkpoint
-from steadyflow.data import open_images, save_grid
+from steadyflow.data import from_uint8, open_images, save_grid, to_uint8
 from steadyflow.data.image_writing import pillow, whole_file
 from steadyflow.jobs import record
 from steadyflow.jobs.pictures import chosen_images, condition_labels
@@ -35,13 +35,17 @@ def run(cfg: DictConfig) -> dict[str, Any]:
 
         restored/       npz shards (images uint8 (n, H, W, C), index, label) or, format=png, one zip; restored.png of
                         `input`
-        grid.png        reference | measurement | restoration of the first 16
+        grid.png        reference | measurement | restoration of the first 16; with samples_per_image > 1, of the first
+                        8, reference | measurement | samples | their mean | their standard deviation, whitest where it
+                        is the picture's largest
+        posterior.npz   of each image then mean and std (n, C, H, W) of its samples, in [-1, 1], and its index
         per_image.csv   psnr, ssim, lpips ... of each image
         metrics.json    their means and standard deviations, fid, kid, consistency (|A x - y| / |y|), nfe,
                         seconds_per_image ... with their protocol; null with a reason where one cannot be had
         run.json        config, versions, git state, hardware, precision; logs/ the logger's
 
-    The images are measured here, image i with noise that is a function of (seed, i) alone; or, as `input`, degraded
+    The images are measured here, image i with noise that is a function of (seed, i) alone (with K = samples_per_image
+    its restorations are K i to K i + K - 1); or, as `input`, degraded
     already, with no reference to compare with. A start in the directory of a killed run makes what is missing.
 
     Returns:
@@ -74,8 +78,12 @@ def run(cfg: DictConfig) -> dict[str, Any]:
     else:
         images, source = open_images(cfg.input), str(cfg.input)
         images = images.only(np.sort(images.index))
+    samples = cfg.samples_per_image
+    if not (isinstance(samples, int) and samples >= 1):
+        raise ValueError(f"samples_per_image must be at least 1, got {samples}")
+    images = images.repeated(samples) if samples > 1 else images
     operator = instantiate(cfg.task.operator, shape=checkpoint.shape)
-    measurements = Measurements(images, operator, cfg.task.sigma_y, cfg.seed, degraded=cfg.input is not None)
+    measurements = Measurements(images, operator, cfg.task.sigma_y, cfg.seed, cfg.input is not None, samples)
     if cfg.input is not None and images.shape[1:] != operator.measured_shape[1:]:
         sizes = " of ".join("{2}x{1}".format(*shape) for shape in (operator.measured_shape, images.shape))
         log.warning("%s: the middle %s pixels are taken, as this checkpoint and task need", source, sizes)
@@ -109,10 +117,13 @@ def run(cfg: DictConfig) -> dict[str, Any]:
 def draw(files: SampleFiles, measurements: Measurements, grid: Path) -> None:
     """Draws reference | measurement | restoration, or measurement | restoration of what was degraded already.
 
-    Of one picture that was degraded already, the restoration goes to restored.png too.
+    Of several samples of an image, their mean and standard deviation too (posterior.npz). Of one picture that was
+    degraded already, the restoration goes to restored.png.
     """
-    restored = files.first_images(DRAWN)
-    index = np.sort(open_images(files.folder).index)[: len(restored)]
+    number = np.sort(open_images(files.folder).index)
+    if measurements.samples > 1:
+        return draw_posterior(files, measurements, number[:: measurements.samples] // measurements.samples, grid)
+    index, restored = number[:DRAWN], files.first_images(DRAWN)
     measured, reference = measurements.drawn(torch.from_numpy(index)), measurements.images
     columns = [measured, restored] if measurements.degraded else [reference.read(index), measured, restored]
     blocks = -(-len(restored) // 8)  # rows of at most 8 images one below another, then beside them
@@ -120,3 +131,18 @@ def draw(files: SampleFiles, measurements: Measurements, grid: Path) -> None:
     if measurements.degraded and len(reference) == 1:
         with whole_file(files.directory / "restored.png") as temporary:
             pillow(restored[0]).save(temporary, format="PNG")
+
+
+def draw_posterior(files: SampleFiles, measurements: Measurements, index: np.ndarray, grid: Path) -> None:
+    """Writes posterior.npz: mean and standard deviation of the samples of each image; draws them of the first 8."""
+    made, count = open_images(files.folder), measurements.samples
+    groups = [from_uint8(made.read(i * count + np.arange(count))) for i in index]
+    mean, std = torch.stack([x.mean(0) for x in groups]), torch.stack([x.std(0) for x in groups])
+    with whole_file(files.directory / "posterior.npz") as temporary, temporary.open("wb") as out:
+        np.savez(out, mean=mean.numpy(), std=std.numpy(), index=index)
+    first, spread = index[:8] * count, std[:8].mean(1, keepdim=True).expand_as(mean[:8])
+    columns = [] if measurements.degraded else [measurements.images.read(first)]
+    columns += [measurements.drawn(torch.from_numpy(first))]
+    columns += [made.read(first + k) for k in range(min(count, 4))]
+    columns += [to_uint8(mean[:8]), to_uint8(2 * spread / spread.max().clamp(min=1e-6) - 1)]
+    save_grid(grid, torch.stack(columns, 1).flatten(0, 1), len(columns))

@@ -20,16 +20,16 @@ class Measurements:
 
         y_i = A x_i + sigma_y n_i,   n_i = Philox(key = (seed, i), counter's top word = MEASUREMENT)
 
-    or, for pictures that are degraded already, the picture itself, of which the middle is taken where it is larger
-    than A's measurements; colours become grey by their luma and grey three equal colours where A's are so. Pixels that
-    a mask hides are 0.
+    and with K = `samples` restorations of each image, of the numbers K i to K i + K - 1. Or, for pictures that are
+    degraded already, the picture itself, of which the middle is taken where it is larger than A's measurements; colours
+    become grey by their luma and grey three equal colours where A's are so. Pixels that a mask hides are 0.
 
     Args:
-        images: x_i, or with `degraded` y_i.
+        images: x_i, or with `degraded` y_i; each `samples` times (`ImageFiles.repeated`).
         operator: A. One that is not linear has fewer methods, and serves the restorers that ask no more of it.
         sigma_y: standard deviation of the noise, in units of the [-1, 1] image.
         seed: of the run.
-        degraded: see above.
+        degraded, samples: see above.
 
     Raises:
         ValueError: sigma_y < 0; degraded pictures that are too small, or an A whose measurements are no pictures.
@@ -42,9 +42,10 @@ class Measurements:
         sigma_y: float,
         seed: int,
         degraded: bool = False,
+        samples: int = 1,
     ):
         self.images, self.operator, self.sigma_y, self.seed = images, operator, float(sigma_y), int(seed)
-        self.degraded = degraded
+        self.degraded, self.samples = degraded, int(samples)
         if degraded:
             (_, h, w), (_, height, width) = operator.measured_shape, images.shape
             if not self.pictures:
@@ -78,7 +79,8 @@ class Measurements:
         else:
             y = self.operator(x)
             if self.sigma_y > 0:
-                y = y + self.sigma_y * NoiseSource(self.seed, index, shape, device, dtype, MEASUREMENT)(0)
+                noise = NoiseSource(self.seed, index // self.samples, shape, device, dtype, MEASUREMENT)
+                y = y + self.sigma_y * noise(0)
         y = self.operator(y) if isinstance(self.operator, Inpainting) else y
         return Measurement(y, self.operator, self.sigma_y)
 

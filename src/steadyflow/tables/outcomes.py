@@ -9,7 +9,10 @@ from typing import Any, Literal
 from steadyflow.tables.cells import Cell, Published
 
 HIGHER = ("psnr", "ssim", "inception_score", "precision", "recall", "accuracy", "images_per_second", "aa_score")
-LOWER = ("fid", "kid", "lpips", "loss", "nll", "seconds", "nfe", "residual", "relative_l2", "rmse", "minutes")
+LOWER = (
+    *("fid", "kid", "lpips", "loss", "nll", "seconds", "nfe", "residual", "relative_l2", "rmse", "minutes"),
+    "consistency",
+)
 
 
 @dataclass(frozen=True)
