@@ -1,6 +1,7 @@
 """Public checkpoints: fetched from a server, resumed, verified, converted once; other projects' files by format."""
 
 import hashlib
+import io
 import re
 import threading
 from collections.abc import Iterator
@@ -9,7 +10,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+import yaml
+from torch import Tensor
 
+from steadyflow import cli
+from steadyflow.checkpoints import load
 from steadyflow.checkpoints.download import download, verify
 
 DATA = bytes(range(256)) * 5000  # 1.28 MB: more than one chunk
@@ -105,3 +111,146 @@ def test_a_hash_is_published_or_recorded_and_checked_ever_after(tmp_path: Path) 
     file.write_bytes(DATA[:-1])
     with pytest.raises(ValueError, match=rf"it.sha256, of its first use, says sha256 {sha256}, found"):
         verify(file, None)
+
+
+def ddpm_state(width: int = 32) -> dict[str, Tensor]:
+    """A DDPM U-Net of one level and one block a level, 8 x 8, in pytorch_diffusion's names."""
+    torch.manual_seed(0)
+    sizes: dict[str, tuple[int, ...]] = {"conv_in": (width, 3, 3, 3), "conv_out": (3, width, 3, 3)}
+    sizes |= {"temb.dense.0": (4 * width, width), "temb.dense.1": (4 * width, 4 * width), "norm_out": (width,)}
+    for block, channels in [("down.0.block.0", 1), ("mid.block_1", 1), ("mid.block_2", 1), *UP]:
+        sizes |= {f"{block}.norm1": (channels * width,), f"{block}.conv1": (width, channels * width, 3, 3)}
+        sizes |= {f"{block}.temb_proj": (width, 4 * width), f"{block}.norm2": (width,)}
+        sizes |= {f"{block}.conv2": (width, width, 3, 3)}
+        sizes |= {f"{block}.nin_shortcut": (width, 2 * width, 1, 1)} if channels == 2 else {}
+    sizes |= {"mid.attn_1.norm": (width,)} | {
+        f"mid.attn_1.{k}": (width, width, 1, 1) for k in ("q", "k", "v", "proj_out")
+    }
+    state = {f"{name}.weight": torch.randn(size) / 10 for name, size in sizes.items()}
+    return state | {f"{name}.bias": torch.randn(size[0]) / 10 for name, size in sizes.items()}
+
+
+UP = [(f"up.0.block.{i}", 2) for i in range(2)]
+
+
+def saved(state: Any) -> bytes:
+    buffer = io.BytesIO()
+    torch.save(state, buffer)
+    return buffer.getvalue()
+
+
+@pytest.fixture
+def run(server: Server, tmp_path: Path, capsys: pytest.CaptureFixture) -> Any:
+    """JOB and overrides, with a config of a public checkpoint `tiny` -> exit code, what is printed on both streams."""
+    server.data = saved(ddpm_state())
+    card = {"resolution": 8, "classes": 0, "licence": "MIT", "source": "nobody", "fid": 3.17}
+    about = {
+        "name": "tiny",
+        "folder": "${data_dir}/checkpoints",
+        "url": server.url,
+        "page": "http://page",
+        "sha256": None,
+    }
+    about |= {"format": "ddpm", "arguments": {"image_size": 8}, "card": card}
+    config = {"_target_": "steadyflow.checkpoints.public", "_convert_": "all"} | about
+    (tmp_path / "configs" / "checkpoint").mkdir(parents=True)
+    (tmp_path / "configs" / "checkpoint" / "tiny.yaml").write_text(yaml.safe_dump(config))
+
+    def call(job: str, *overrides: str) -> tuple[int, str]:
+        folders = [f"data_dir={tmp_path}", f"hydra.run.dir={tmp_path}/run"]
+        code = cli.main([job, "--config-dir", str(tmp_path / "configs"), *overrides, *folders])
+        out = capsys.readouterr()
+        return code, out.out + out.err
+
+    return call
+
+
+def test_prepare_fetches_verifies_converts_and_exports(run: Any, server: Server, tmp_path: Path) -> None:
+    place, state = tmp_path / "checkpoints" / "tiny", ddpm_state()
+    assert "tiny" in run("prepare", "checkpoint=list")[1]
+    code, text = run("sample", "checkpoint=tiny", "num_samples=1", "callbacks=none")
+    assert code == 2
+    assert (
+        "checkpoint tiny is not here: `steadyflow prepare checkpoint=tiny` fetches it; without a connection, put"
+        in text
+    )
+    assert f"put {server.url} at {place}/source/weights.pt" in text
+    code, text = run("prepare", "checkpoint=tiny", "info=true")
+    assert (code, server.ranges) == (0, [])
+    assert "MIT" in text
+
+    server.breaks = [1000]
+    code, text = run("prepare", "checkpoint=tiny")
+    assert code == 2
+    assert f"truncated download of {server.url}: 1000 of {len(server.data)} bytes are here" in text
+    code, text = run("prepare", "checkpoint=tiny", f"export={tmp_path}/mine")
+    assert code == 0
+    assert server.ranges == [None, "bytes=1000-"]
+    assert f"{sum(v.numel() for v in state.values()):,}" in text  # parameters
+    assert f"{flops_by_hand():,}" in text
+    assert re.search(r"source\W+nobody", text)
+    for found in (
+        load(tmp_path / "mine"),
+        load(place),
+        load(place / "source" / "weights.pt", format="ddpm", arguments={"image_size": 8}),
+    ):
+        assert torch.equal(found.denoiser.network.get_parameter("stem.weight"), state["conv_in.weight"])
+    (place / "source" / "weights.pt").unlink()
+    assert run("sample", "checkpoint=tiny", "num_samples=1", "callbacks=none", "sampler.steps=1")[1].count(
+        "makes samples of"
+    )
+
+
+def flops_by_hand(w: int = 32, n: int = 64) -> int:
+    """Two a multiply-add: convolutions (3 x 3 in five blocks, two of them on 2 w channels), matrices, attention."""
+    convolutions = 9 * n * (3 * w + 3 * w + (3 * 2 + 2 * 3) * w * w) + 2 * n * 2 * w * w
+    attention = n * 4 * w * w + 2 * n * n * w
+    time = w * 4 * w + 16 * w * w + 5 * 4 * w * w
+    return 2 * (convolutions + attention + time)
+
+
+def test_bad_files_are_one_line_and_exit_code_2(run: Any, server: Server, tmp_path: Path) -> None:
+    source = tmp_path / "checkpoints" / "tiny" / "source" / "weights.pt"
+    source.parent.mkdir(parents=True)
+
+    def refused(expected: str, *overrides: str) -> None:
+        code, text = run("prepare", *(overrides or ("checkpoint=tiny",)))
+        assert (code, text.count("\n")) == (2, 1)
+        assert re.search(expected, text), text
+
+    state = ddpm_state()
+    source.write_bytes(saved({k: v for k, v in state.items() if k != "mid.block_1.norm2.weight"}))
+    refused(
+        r"weights\.pt: 1 weights are missing, first middle\.0\.block\.norm2\.weight; did you mean middle\.\d\.block"
+    )
+    source.write_bytes(server.data)
+    refused(r"weights\.pt is not what it should be: weights\.pt\.sha256, of its first use, says sha256 \w+, found \w+")
+    source.with_name("weights.pt.sha256").unlink()
+    refused("has resolution 16; checkpoint tiny has 8", "checkpoint=tiny", "checkpoint.arguments.image_size=16")
+    file = ("checkpoint=path", f"checkpoint.file={source}")
+    refused("a file of another project's; say of which format: it looks like format=ddpm", *file)
+    refused(
+        "is no U-Net of guided-diffusion: it has no weight .*; it looks like format=ddpm",
+        *file,
+        "checkpoint.format=adm",
+        "+checkpoint.arguments.image_size=8",
+    )
+    refused(r"no format 'ddmp': there are adm, .*; did you mean ddpm\?", *file, "checkpoint.format=ddmp")
+    refused("format ddpm needs the arguments image_size", *file, "checkpoint.format=ddpm")
+    refused(
+        r"takes no argument 'image_siz'; did you mean image_size\?",
+        *file,
+        "checkpoint.format=ddpm",
+        "+checkpoint.arguments.image_siz=8",
+    )
+    source.write_bytes(server.data[:-2000])
+    refused(
+        r"weights\.pt(:| is) truncated or damaged",
+        *file,
+        "checkpoint.format=ddpm",
+        "+checkpoint.arguments.image_size=8",
+    )
+    source.write_bytes(server.data)
+    code, text = run("sample", *file, "checkpoint.format=ddpm", "+checkpoint.arguments.image_size=8", "num_samples=1")
+    assert code == 2
+    assert "makes samples of shape (3, 8, 8), but dataset digits has (1, 32, 32)" in text

@@ -73,8 +73,11 @@ def save(
     _write_all(directory, config, state, card, dtype)
 
 
-def save_converted(directory: str | Path, converted: Converted) -> None:
+def save_converted(directory: str | Path, converted: Converted, where: str = "the file") -> None:
     """Writes what another project's checkpoint became, as `save` does; the weights may be views of a mapped file.
+
+    Args:
+        where: what an error says first.
 
     Raises:
         ValueError: weights that are missing or of another shape than the network's, by name, before anything is
@@ -82,7 +85,7 @@ def save_converted(directory: str | Path, converted: Converted) -> None:
     """
     config = {key: converted.nodes[key] for key in NODES}
     config |= {"shape": [int(n) for n in converted.shape], "num_classes": int(converted.num_classes)}
-    _check_state(_build(config, "the converted checkpoint", trusted=()).network, converted.state, "the file")
+    _check_state(_build(config, "the converted checkpoint", trusted=()).network, converted.state, where)
     _write_all(Path(directory), config, converted.state, converted.card, None)
 
 

@@ -93,9 +93,8 @@ class Public:
                 raise ValueError(f"{files[-1]} has {key} {found}; checkpoint {self.name} has {self.card[key]}")
         conversion = {"format": self.format, "arguments": dict(self.arguments), "sha256": hashes}
         (self.directory / CONFIG).unlink(missing_ok=True)
-        save_converted(
-            self.directory, replace(made, card={**self.card, **made.card, "page": self.page, "conversion": conversion})
-        )
+        card = {**self.card, **made.card, "page": self.page, "conversion": conversion}
+        save_converted(self.directory, replace(made, card=card), str(files[-1]))
 
 
 def public(

@@ -74,11 +74,9 @@ def convert(file: str | Path, format: str, arguments: Mapping[str, Any]) -> Conv
     try:
         return read(Path(file), **arguments)
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        like = None if "could run code" in str(error) else looks_like(Path(file))
-        if isinstance(error, ValueError) and like in (None, format):
-            raise
-        hint = f"it looks like {like}" if like not in (None, format) else f"{type(error).__name__}: {error}"
-        raise ValueError(f"{file} does not read as {format}: {hint}") from error
+        said = str(error) if isinstance(error, ValueError) else f"{file} does not read as {format}: {error!r}"
+        like = None if "could run code" in said else looks_like(Path(file))
+        raise ValueError(said if like in (None, format) else f"{said}; it looks like format={like}") from error
 
 
 def looks_like(file: Path) -> str | None:
