@@ -103,6 +103,15 @@ def test_lines(sweep: Path) -> None:
         assert (np.abs(picture - colour).sum(2) < 30).sum() > 200
 
 
+def test_against_a_metric_and_by_two_parameters(sweep: Path) -> None:
+    over = ["rows=nfe", "columns=[sampler,seed]", "x=nfe", "lines=[sampler,seed]"]
+    assert report("dir=sweep", *over) == 0
+    lines = Path("out/pivot_fid.md").read_text().splitlines()
+    assert lines[0] == "| fid: nfe \\ sampler,seed | ddim 0 | ddim 1 | ddpm 0 | ddpm 1 | heun 0 | heun 1 |"
+    assert lines[3] == "| 20.0 | 5 | 5.25 | 20 | 20.25 | 2.5 | 2.75 |"
+    assert {file.name for file in Path("out").glob("lines_*.png")} == {"lines_fid.png", "lines_accuracy.png"}
+
+
 def test_a_sweep_that_still_runs_and_runs_of_several_folders(sweep: Path) -> None:
     leave(sweep / "18", ["sampler=ddim", "sampler.steps=100", "seed=0"], None)
     leave(sweep / "single" / "run", [], {"fid": 3.0})  # 20 steps by default, no override

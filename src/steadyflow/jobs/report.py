@@ -80,8 +80,10 @@ def write(cfg: DictConfig, out: Path) -> dict[str, Any]:
         if not any(metric in row.metrics for row in rows):
             near = did_you_mean(metric, known)
             raise ValueError(f"metric={metric}: no run below {source} has it.{near} There are {', '.join(known)}")
-    for name in ("rows", "columns", "x", "lines"):
-        _check(name, cfg[name], rows, parameters)
+    down, across, x, each = (",".join(_list(cfg[name])) or None for name in ("rows", "columns", "x", "lines"))
+    for name, keys in (("rows", down), ("columns", across), ("x", x), ("lines", each)):
+        for key in keys.split(",") if keys else ():
+            _check(name, key, rows, parameters)
 
     head, lines = ["run", *parameters, *metrics], cells(rows, parameters, metrics)
     state = f"{len(rows)} runs below {source}" + (f"; {unfinished} more are not finished" if unfinished else "")
@@ -89,16 +91,16 @@ def write(cfg: DictConfig, out: Path) -> dict[str, Any]:
     record.write_text(out / "report.csv", comma_separated(rows, parameters, metrics))
     pictures = []
     for metric in metrics:
-        if cfg.rows is not None:
-            table = pivot(rows, metric, cfg.rows, cfg.columns)
-            first = f"{metric}: {cfg.rows}" + (f" \\ {cfg.columns}" if cfg.columns else "")
+        if down is not None:
+            table = pivot(rows, metric, down, across)
+            first = f"{metric}: {down}" + (f" \\ {across}" if across else "")
             page = markdown([first, *map(str, table.columns)], table.cells(), 1)
             record.write_text(out / f"pivot_{metric}.md", page)
             pages.append(page)
-            if cfg.columns is not None:
+            if across is not None:
                 pictures.append(_picture(out / f"heat_{metric}.png", "heat_map", table))
-        if cfg.x is not None:
-            pictures.append(_picture(out / f"lines_{metric}.png", "lines", pivot(rows, metric, cfg.x, cfg.lines)))
+        if x is not None and metric != x:
+            pictures.append(_picture(out / f"lines_{metric}.png", "lines", pivot(rows, metric, x, each)))
     record.write_text(out / "report.md", "\n".join(pages))
 
     console = Console()
@@ -143,8 +145,8 @@ def _list(value: Any) -> list[str]:
     return [] if value is None else [value] if isinstance(value, str) else list(value)
 
 
-def _check(name: str, key: str | None, rows: list[RunRow], parameters: list[str]) -> None:
-    if key is not None and all(row.value(key) is None for row in rows):
+def _check(name: str, key: str, rows: list[RunRow], parameters: list[str]) -> None:
+    if all(row.value(key) is None for row in rows):
         raise ValueError(
             f"{name}={key}: no run has such a parameter.{did_you_mean(key, parameters)} "
             f"The runs differ in {', '.join(parameters) or 'none'}"

@@ -47,11 +47,11 @@ class RunRow:
         return dict(hydra.get("hydra", {}).get("runtime", {}).get("choices", {}))
 
     def value(self, key: str) -> Value:
-        """A parameter: an override, else what the config has there, else the option of that group."""
-        for found in (self.overrides, self.leaves, self.choices):
-            if key in found:
-                return found[key]
-        return None
+        """A parameter: an override, else what the config has there, else the option of that group; else a metric, as
+        nfe is. Several keys, comma-separated: their values side by side."""
+        if "," in key:
+            return " ".join(str(self.value(part)) for part in key.split(","))
+        return next((of[key] for of in (self.overrides, self.leaves, self.choices, self.metrics) if key in of), None)
 
 
 def gather(directory: Path, format: int) -> tuple[list[RunRow], int]:
