@@ -3,6 +3,8 @@
 import csv
 import json
 import signal
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -153,6 +155,21 @@ def test_interrupted_and_continued(tmp_path, monkeypatch, capsys):
     said = mistake(capsys, tmp_path / "killed", *options, "lr=0.02")
     assert "holds a run with another config" in said
     assert "lr (0.01 there, 0.02 here)" in said
+
+
+@pytest.mark.slow
+def test_two_processes_share_the_batches(tmp_path):
+    """The latents, losses and numbers of one process."""
+    options = ["num_images=3", "batch_size=1", "method=[naive,deq]", "epochs=4"]
+    whole, two = done(tmp_path / "one", *options), tmp_path / "two"
+    command = [sys.executable, "-m", "steadyflow", "invert", *BASE, *options, "trainer=ddp_cpu", f"hydra.run.dir={two}"]
+    process = subprocess.run(command, capture_output=True, text=True, timeout=900)
+    assert process.returncode == 0, process.stderr
+    metrics = json.loads((two / "metrics.json").read_text())
+    for method in ("naive", "deq"):
+        one = InversionFiles(tmp_path / "one", [method]).read(method)
+        same(InversionFiles(two, [method]).read(method), one)
+        assert metrics[f"{method}/loss"] == pytest.approx(whole[f"{method}/loss"], rel=1e-5)
 
 
 def test_images_of_a_zip_and_of_a_run(tmp_path, capsys):

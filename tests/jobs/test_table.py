@@ -52,8 +52,8 @@ set: "batch_size=4"
 seeds: [0, 1]
 scale: {mini: "num_samples=1"}
 columns:
-  FID: {metric: fid, set: ""}
-  x2: {metric: fid, set: "", factor: 2}
+  FID: {metric: fid, set: "num_samples=2"}
+  x2: {metric: fid, set: "steps=0 num_samples=2", factor: 2}
 rows:
   two: {set: "steps=2"}
   three: {set: "steps=3", scale: {mini: "steps=5"}}
@@ -103,7 +103,7 @@ def mistake(capsys: pytest.CaptureFixture[str], *argv: str) -> str:
 
 def test_runs_what_is_missing_and_compares(probe: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert table("scale=full") == 0
-    assert ran() == ["2 0 4", "2 1 4", "3 0 4", "3 1 4"]  # columns of one row share a run
+    assert ran() == ["2 0 4", "2 1 4", "3 0 4", "3 1 4"]  # columns of one row share a run, in any order of words
     found = rows()
     assert len(found) == 5  # `none` is no cell
     two = found["two", "FID"]

@@ -76,7 +76,7 @@ def run(cfg: DictConfig) -> dict[str, Any] | None:
             found[cell] = Outcome("failed", note=one_line(error))
     tell_obstacles(console, found)
 
-    every = list(dict.fromkeys(run for of in runs.values() for run in of))
+    every = list({run.directory: run for of in runs.values() for run in of}.values())  # in whatever order of words
     old = [run for run in every if run.metrics() is not None and stale([run])]
     waiting = [run for run in every if run.metrics() is None or (cfg.force and run in old)]
     failed: dict[Path, str] = {}
