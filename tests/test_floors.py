@@ -24,6 +24,7 @@ NEIGHBOURS = {
     ("diffusions", "paths"),
     ("guidance", "restorers"),
     ("metrics", "data"),
+    ("metrics", "checkpoints"),
     ("checkpoints", "data"),
     ("callbacks", "modules"),
 }

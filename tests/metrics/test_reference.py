@@ -1,6 +1,7 @@
 """References: what is kept, when it is made anew, and which files of statistics are read."""
 
 import logging
+import pickle
 from pathlib import Path
 
 import numpy as np
@@ -110,6 +111,30 @@ def test_other_files_of_statistics(tmp_path: Path) -> None:
     assert torch.equal(reference.mean, torch.from_numpy(mu))
     assert torch.equal(reference.covariance, torch.from_numpy(sigma))
     assert torch.equal(reference.features, features)
+
+
+def test_statistics_of_edm2(tmp_path: Path) -> None:
+    """A pickle of plain arrays is read as data; one that would run something is refused by the name of it."""
+    mu, sigma = np.arange(4.0), np.eye(4) * 2
+    stats = {"num_images": 9, "fid": {"mu": mu, "sigma": sigma}, "fd_dinov2": {"mu": np.zeros(7), "sigma": np.eye(7)}}
+    (tmp_path / "img64.pkl").write_bytes(pickle.dumps(stats))
+    reference = sources(None, str(tmp_path / "img64.pkl")).reference
+    assert torch.equal(reference.mean, torch.from_numpy(mu))
+    assert torch.equal(reference.covariance, torch.from_numpy(sigma))
+    for found, message in [
+        ({"fid": stats["fd_dinov2"]}, "statistics of 7 features, pixels has 4"),
+        ({"fd_dinov2": stats["fd_dinov2"]}, "holds fd_dinov2; expected `fid` with mu and sigma"),
+        ([1, 2], "holds list; expected `fid`"),
+        ({"fid": Touch()}, "Path"),
+    ]:
+        (tmp_path / "bad.pkl").write_bytes(pickle.dumps(found))
+        with pytest.raises(ValueError, match=message):
+            _ = sources(None, str(tmp_path / "bad.pkl")).reference
+
+
+class Touch:
+    def __reduce__(self) -> tuple[object, ...]:
+        return (Path, ("ran",))
 
 
 @pytest.mark.parametrize(

@@ -254,3 +254,6 @@ class _Array:
         if prod(shape) * dtype.numpy.itemsize != len(data):
             raise ValueError(f"an array of shape {tuple(shape)} in {len(data)} bytes")
         self.value = np.frombuffer(data, dtype.numpy).reshape(shape, order="F" if fortran else "C")
+
+    def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
+        return self.value if dtype is None else self.value.astype(dtype)

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Subset
 
 from steadyflow.data.image_writing import whole_file
-from steadyflow.data.images import check_split, from_uint8, to_uint8
+from steadyflow.data.images import check_split, from_uint8, to_uint8, unpacked
 
 SHARD_BYTES = 2**27  # of pixels in one file
 
@@ -64,7 +64,7 @@ class Shards(Dataset[tuple[Tensor, int]]):
         """One shard, (n, C, H, W) uint8, mapped when it is first asked for."""
         if shard not in self._maps:
             try:
-                pixels = np.load(self.files[shard], mmap_mode="r")
+                pixels = np.asarray(np.load(self.files[shard], mmap_mode="r"))
             except ValueError as error:
                 raise ValueError(f"{self.files[shard]} is damaged ({error}); remove it and write it again") from None
             expected = (min(self.rows, self.count - shard * self.rows), *self.shape)
@@ -78,12 +78,9 @@ class Shards(Dataset[tuple[Tensor, int]]):
 
     def pixels(self, indices: Sequence[int]) -> Tensor:
         """Images of the numbers given, (n, C, H, W) uint8."""
-        at = np.asarray(indices, np.int64)
-        images = np.empty((len(at), *self.shape), np.uint8)
-        shard = at // self.rows
-        for k in np.unique(shard):
-            mine = shard == k
-            images[mine] = self._map(int(k))[at[mine] - k * self.rows]
+        images = np.empty((len(indices), *self.shape), np.uint8)
+        for place, i in enumerate(indices):
+            images[place] = self._map(i // self.rows)[i % self.rows]
         return torch.from_numpy(images)
 
     def __len__(self) -> int:
@@ -95,8 +92,8 @@ class Shards(Dataset[tuple[Tensor, int]]):
         return from_uint8(self.pixels([index])[0]), int(self.labels[index])
 
     def __getitems__(self, indices: Sequence[int]) -> list[tuple[Tensor, int]]:
-        """The items of a batch, read and converted in one go (the data loader calls this where it exists)."""
-        return list(zip(from_uint8(self.pixels(indices)).unbind(), self.labels[list(indices)].tolist(), strict=True))
+        """The items of a batch (the data loader calls this where it exists)."""
+        return list(zip(unpacked(self.pixels(indices)), self.labels[list(indices)].tolist(), strict=True))
 
 
 def shard_files(folder: Path, about: dict[str, Any]) -> list[Path]:

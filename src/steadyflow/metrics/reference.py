@@ -5,7 +5,7 @@ import logging
 import os
 import zipfile
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from steadyflow.checkpoints.pickles import read_state
 from steadyflow.data import open_images, to_uint8
 from steadyflow.data.image_writing import whole_file
 from steadyflow.metrics.extractor import FeatureExtractor, sha256_of
@@ -72,7 +73,8 @@ class Sources:
         dataset: makes a split of the data set, called as dataset(split="train").
         reference: `train` or `test`, a split of the data set; or the path of statistics: an npz of `mu` and `sigma`
             (clean-fid, EDM, pytorch-fid, pytorch-gan-metrics; a reference batch of Dhariwal & Nichol 2021, whose images
-            give the features) or of `feats` (clean-fid's for KID); or of images (folder, zip, npz, run).
+            give the features) or of `feats` (clean-fid's for KID), or a pkl of EDM2 (`fid`); or of images (folder, zip,
+            npz, run).
         cache_dir: where features of references are kept, by content; None keeps none.
         batch_size: of the extraction. device: the extractor's.
     """
@@ -120,7 +122,19 @@ class Sources:
             with open_npz(path) as arrays:
                 if statistics := self._from_statistics(path, arrays):
                     return statistics
+        if path.suffix == ".pkl" and path.is_file():
+            return self._from_pickle(path)
         return self._from_images(path)
+
+    def _from_pickle(self, path: Path) -> Reference:
+        """EDM2's statistics, {fid: {mu, sigma}, ...}, without running what a pickle may hold."""
+        found = read_state(path)
+        fid = found.get("fid") if isinstance(found, Mapping) else None
+        reference = self._from_statistics(path, fid) if isinstance(fid, Mapping) else None
+        if reference is None:
+            keys = ", ".join(map(str, found)) if isinstance(found, Mapping) else type(found).__name__
+            raise ValueError(f"{path} holds {keys}; expected `fid` with mu and sigma")
+        return reference
 
     def _from_images(self, path: Path) -> Reference:
         files = open_images(path)
@@ -128,9 +142,9 @@ class Sources:
             path.name, content_of(path), lambda: (images for _, images in files.batches(self.batch_size))
         )
 
-    def _from_statistics(self, path: Path, arrays: Any) -> Reference | None:
+    def _from_statistics(self, path: Path, arrays: Mapping[str, Any]) -> Reference | None:
         """The reference of an npz, or None if it holds images alone. Raises ValueError for other statistics."""
-        names, dim = set(arrays.files), self.extractor.dim
+        names, dim = set(arrays), self.extractor.dim
         if {"mu", "sigma"} <= names:
             mu, sigma = (np.asarray(arrays[key], np.float64) for key in ("mu", "sigma"))
             self._check_dim(path, mu.shape, (dim,), bool(np.isfinite(mu).all() and np.isfinite(sigma).all()))
@@ -143,7 +157,7 @@ class Sources:
             return fitted(path.name, torch.from_numpy(features))
         if not names & {"images", "arr_0"}:
             raise ValueError(
-                f"{path} has the arrays {', '.join(arrays.files)}; expected mu and sigma (statistics), feats "
+                f"{path} has the arrays {', '.join(arrays)}; expected mu and sigma (statistics), feats "
                 "(features) or images"
             )
         return None
