@@ -15,7 +15,7 @@ JOBS = {
     "evaluate": "score a folder, zip or npz of images against a dataset or a statistics file",
     "table": "run the cells of a table and print it beside the published numbers",
     "report": "gather the metrics of finished runs into one page",
-    "prepare": "fetch and check a dataset",
+    "prepare": "fetch and check a dataset, or a public checkpoint",
 }
 
 USAGE = """\
