@@ -25,7 +25,7 @@ from unittest.mock import patch
 import torch
 from torch import Tensor, nn
 
-from steadyflow.checkpoints.formats import Converted, adm, ddpm, flow_matching
+from steadyflow.checkpoints.formats import Converted, adm, adm_classifier, ddpm, flow_matching
 from steadyflow.checkpoints.nodes import build
 
 Call = Callable[[nn.Module, Tensor, Tensor, Tensor | None], Tensor]
@@ -122,6 +122,26 @@ def adm_rows() -> Iterator[Row]:
         yield Row("adm", name, "guided-diffusion", original, read, size, double_time=ADM_TIME)
 
 
+def classifier_rows() -> Iterator[Row]:
+    for size, depth in ((64, 4), (256, 2)):
+
+        def original(size: int = size, depth: int = depth) -> nn.Module:
+            from guided_diffusion.script_util import classifier_defaults, create_classifier
+
+            return create_classifier(**classifier_defaults() | {"image_size": size, "classifier_depth": depth})
+
+        def log_probability(network: nn.Module, x: Tensor, t: Tensor, label: Tensor) -> Tensor:
+            return network(x, t).log_softmax(1).gather(1, label[:, None]).squeeze(1)
+
+        def read(file: Path, size: int = size) -> Converted:
+            return adm_classifier.read(file, size)
+
+        name = f"ImageNet {size} classifier"
+        row = Row("adm_classifier", name, "guided-diffusion", original, read, size, call=log_probability)
+        row.double_time = ADM_TIME
+        yield row
+
+
 # ---------------------------------------------------------------------------- pytorch_diffusion and DDIM (DDPM)
 
 DDPM_TIME = sinusoids(False, True)
@@ -207,7 +227,7 @@ def flow_matching_rows() -> Iterator[Row]:
 
 # ---------------------------------------------------------------------------- the table
 
-ROWS: list[Callable[[], Iterator[Row]]] = [adm_rows, ddpm_rows, flow_matching_rows]
+ROWS: list[Callable[[], Iterator[Row]]] = [adm_rows, classifier_rows, ddpm_rows, flow_matching_rows]
 
 
 def compare(row: Row, double: bool) -> tuple[int, list[float]]:

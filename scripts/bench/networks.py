@@ -1,18 +1,27 @@
-"""Milliseconds per image and call of the U-Nets, forward and forward + backward, on the CPU.
+"""Milliseconds per image and call of the U-Nets, forward and forward + backward.
 
     python scripts/bench/networks.py [--threads 2] [--batch 64] [--repeat 7] [--only NAME ...] [--compile]
 
 The embedded checkpoints' network (unet_digits: 32 channels, 2x2 patches, levels 1, 2, 2) and its rivals, in contiguous
 and channels_last layout and, with --compile, compiled. The minimum over the repeats is printed: other work on the
 machine only ever adds time.
+
+Then (alone with --only diffusers) the 35.7M network of DDPM on CIFAR-10 beside diffusers' UNet2DModel with the same
+weights, eight images a call, in turns: on the CPU in CPU time; where there is a CUDA device also there, in float32 and
+in bfloat16 with channels_last.
 """
 
 import argparse
+import tempfile
 import time
 from collections.abc import Callable
+from pathlib import Path
 
 import torch
+from torch import nn
 
+from steadyflow.checkpoints.formats import diffusers as format_diffusers
+from steadyflow.checkpoints.nodes import build
 from steadyflow.networks import UNet
 
 COMMON: dict = {
@@ -46,6 +55,67 @@ def fastest(call: Callable[[], object], repeat: int) -> float:
     return min(seconds)
 
 
+def pair() -> tuple[nn.Module, nn.Module]:
+    """Our network and diffusers' with the same weights, both called as network(x, t)."""
+    from diffusers import UNet2DModel
+
+    options = {"downsample_padding": 0, "flip_sin_to_cos": False, "freq_shift": 1, "norm_eps": 1e-6, "dropout": 0.1}
+    torch.manual_seed(0)
+    theirs = UNet2DModel(  # google/ddpm-cifar10-32
+        sample_size=32,
+        block_out_channels=(128, 256, 256, 256),
+        down_block_types=("DownBlock2D", "AttnDownBlock2D", "DownBlock2D", "DownBlock2D"),
+        up_block_types=("UpBlock2D", "UpBlock2D", "AttnUpBlock2D", "UpBlock2D"),
+        attention_head_dim=None,
+        **options,
+    )
+    with tempfile.TemporaryDirectory() as folder:
+        theirs.save_pretrained(folder)
+        converted = format_diffusers.read(Path(folder))
+        ours = build(converted.nodes["network"], "bench")
+        ours.load_state_dict(converted.state)
+    return ours.eval(), theirs.eval()
+
+
+def beside_diffusers(batch: int, repeat: int, compiled: bool) -> None:
+    """The table of ours and theirs: seconds of the fastest of `repeat` calls each, taken in turns."""
+    settings = [("cpu", torch.float32, False), ("cpu", torch.float32, True)]
+    if torch.cuda.is_available():
+        settings += [("cuda", torch.float32, False), ("cuda", torch.bfloat16, True)]
+    print(f"\n{'beside diffusers':36}{'ours':>10}{'diffusers':>11}{'ratio':>8}{'|ours - theirs|':>17}   ms per call")
+    for device, dtype, last in settings:
+        x = torch.randn(batch, 3, 32, 32, device=device, dtype=dtype)
+        t = torch.randint(0, 1000, (batch,), device=device)
+        layout = torch.channels_last if last else torch.contiguous_format
+        ours, theirs = (net.to(device, dtype).to(memory_format=layout) for net in pair())
+        x = x.to(memory_format=layout)
+        calls = {
+            "ours": lambda ours=ours, x=x, t=t: ours(x, t.float()),
+            "diffusers": lambda theirs=theirs, x=x, t=t: theirs(x, t, return_dict=False)[0],
+        }
+        for mode in ("eager", *(["compiled"] if compiled else [])):
+            if mode == "compiled":
+                ours.compile()
+                theirs.compile()
+            clock = time.process_time if device == "cpu" else time.perf_counter
+            best: dict[str, float] = {}
+            with torch.inference_mode():
+                found = {name: call() for name, call in calls.items()}
+                for i in range(repeat):
+                    for name, call in reversed(calls.items()) if i % 2 else calls.items():
+                        begin = clock()
+                        for _ in range(1 if device == "cpu" else 10):
+                            call()
+                        if device == "cuda":
+                            torch.cuda.synchronize()
+                        spent = (clock() - begin) / (1 if device == "cpu" else 10)
+                        best[name] = min(spent, best.get(name, spent))
+            apart = (found["ours"] - found["diffusers"]).abs().max().item()
+            name = f"{device} {str(dtype).removeprefix('torch.')} {'channels_last ' if last else ''}{mode}"
+            a, b = best["ours"], best["diffusers"]
+            print(f"{name:36}{1e3 * a:10.2f}{1e3 * b:11.2f}{b / a:8.2f}{apart:17.1e}", flush=True)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--threads", type=int, default=2)
@@ -56,6 +126,9 @@ def main() -> None:
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
 
+    if arguments.only == ["diffusers"]:
+        beside_diffusers(8, arguments.repeat, arguments.compile)
+        return
     print(f"{'network':24}{'layout':16}{'parameters':>12}{'forward':>10}{'fwd + bwd':>11}   ms per image")
     for name, options in CANDIDATES.items():
         if arguments.only and not any(part in name for part in arguments.only):
@@ -79,6 +152,8 @@ def main() -> None:
             size = sum(p.numel() for p in network.parameters())
             ms = [1e3 / arguments.batch * fastest(f, arguments.repeat) for f in (forward, both)]
             print(f"{name:24}{layout:16}{size:12,}{ms[0]:10.3f}{ms[1]:11.3f}", flush=True)
+    if not arguments.only:
+        beside_diffusers(8, arguments.repeat, arguments.compile)
 
 
 if __name__ == "__main__":

@@ -10,9 +10,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from steadyflow.checkpoints.formats import adm, flow_matching
+from steadyflow.checkpoints.formats import adm, adm_classifier, flow_matching
 from steadyflow.checkpoints.nodes import build
-from steadyflow.networks import UNet
+from steadyflow.networks import NoisyClassifier, UNet
 
 COMMON: dict[str, Any] = {"image_size": 16, "model_channels": 32, "norm_groups": 32, "time_scale": 1.0}
 COMMON |= {"time_endpoint": False, "attention_resolutions": (8,)}
@@ -35,7 +35,7 @@ def ours(name: str) -> UNet:
     return network
 
 
-def theirs(network: UNet, new_order: bool) -> dict[str, Tensor]:
+def theirs(network: UNet | NoisyClassifier, new_order: bool) -> dict[str, Tensor]:
     """The weights in guided-diffusion's names, order and layouts, walked block by block as its constructor does."""
     state: dict[str, Tensor] = {}
 
@@ -83,13 +83,18 @@ def theirs(network: UNet, new_order: bool) -> dict[str, Tensor]:
     block("middle_block.0", network.middle[0].block)
     attention("middle_block.1", network.middle[0].attention)
     block("middle_block.2", network.middle[1].block)
+    put("out.0", network.norm)
+    if isinstance(network, NoisyClassifier):
+        state["out.2.positional_embedding"] = network.pool.position.detach().T
+        put("out.2.qkv_proj", network.pool.qkv, lambda w: w.unsqueeze(-1) if w.ndim == 2 else w)
+        put("out.2.c_proj", network.pool.out, lambda w: w.unsqueeze(-1) if w.ndim == 2 else w)
+        return state
     n, m = -1, 0
     for stage, joins in zip(network.up, network.joins, strict=True):
         n, m = (n + 1, 0) if joins else (n, m)
         block(f"output_blocks.{n}.{m}", stage.block)
         attention(f"output_blocks.{n}.1", stage.attention)
         m = 2 if stage.attention is not None else 1
-    put("out.0", network.norm)
     put("out.2", network.head)
     return state
 
@@ -113,6 +118,19 @@ def test_structure_and_weights_come_back(name: str, new_order: bool, tmp_path: P
             again(x, t)
         with pytest.raises(ValueError, match=r"label 3 is out of range: .* and there is no null label"):
             again(x, t, label + 1)
+
+
+def test_a_classifier_comes_back(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    network = NoisyClassifier(3, 32, (1, 2), 2, (8,), 16, num_classes=5, head_channels=16)
+    torch.save(theirs(network, False), tmp_path / "classifier.pt")
+    converted = adm_classifier.read(tmp_path / "classifier.pt", 16, head_channels=16)
+    again = build(converted.nodes["network"], "test")
+    again.load_state_dict(converted.state)
+    assert all(torch.equal(v, again.state_dict()[k]) for k, v in network.state_dict().items())
+    torch.save(theirs(ours("convolutions"), False), tmp_path / "classifier.pt")
+    with pytest.raises(ValueError, match=r"no classifier of guided-diffusion: it has no out\.2\.positional_embedding"):
+        adm_classifier.read(tmp_path / "classifier.pt", 16)
 
 
 def averaged(state: dict[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
@@ -175,5 +193,6 @@ def test_another_network_is_refused_in_one_line(tmp_path: Path) -> None:
     torch.save({k: v for k, v in state.items() if not k.startswith("output_blocks.3.")}, tmp_path / "model.pt")
     with pytest.raises(ValueError, match="4 blocks down and 3 up make no 2 levels"):
         adm.read(tmp_path / "model.pt", 16)
-    with pytest.raises(ValueError, match="schedule is linear or cosine"):
+    torch.save(state, tmp_path / "model.pt")
+    with pytest.raises(ValueError, match="schedule is linear or cosine, got sigmoid"):
         adm.read(tmp_path / "model.pt", 16, schedule="sigmoid")

@@ -14,7 +14,7 @@ from steadyflow.checkpoints.formats import convert, format_names, looks_like
 from steadyflow.checkpoints.nodes import nearest
 from steadyflow.checkpoints.running import Running
 from steadyflow.checkpoints.weights import content_hash, sha256_of
-from steadyflow.denoisers import Denoiser, Empirical, GaussianMixture, MixtureNoise, NoiseModel
+from steadyflow.denoisers import Denoiser, Empirical, GaussianMixture, MixtureNoise, NetworkClassifier, NoiseModel
 from steadyflow.diffusions import LinearDiffusion
 from steadyflow.paths import GaussianPath
 
@@ -27,7 +27,7 @@ class Checkpoint:
 
     Attributes:
         name: what to call it: the embedded name, or the directory it came from.
-        model: in eval mode, a denoiser; of a linear diffusion a noise model.
+        model: in eval mode, a denoiser; of a linear diffusion a noise model; or a classifier of noisy samples.
         path: the path it was trained on, and is sampled on unless the sampler names another.
         shape: S of one sample, (C, H, W) or (D,).
         num_classes: 0 without labels; else label num_classes is the null label.
@@ -36,7 +36,7 @@ class Checkpoint:
     """
 
     name: str
-    model: Denoiser | NoiseModel
+    model: Denoiser | NoiseModel | NetworkClassifier
     path: GaussianPath | LinearDiffusion
     shape: tuple[int, ...]
     num_classes: int
@@ -48,13 +48,38 @@ class Checkpoint:
         """The model where it is a denoiser.
 
         Raises:
-            ValueError: it is one of a linear diffusion.
+            ValueError: it is one of a linear diffusion, or a classifier.
         """
-        if not isinstance(self.model, Denoiser):
+        if not isinstance(self.generator, Denoiser):
             raise ValueError(
                 f"checkpoint {self.name} is of {type(self.path).__name__}, a linear diffusion, and has no denoiser "
                 "D(x, alpha, sigma); it can be sampled: steadyflow sample sampler=gddim"
             )
+        return self.generator
+
+    @property
+    def generator(self) -> Denoiser | NoiseModel:
+        """The model where it can be sampled.
+
+        Raises:
+            ValueError: it is a classifier.
+        """
+        if isinstance(self.model, NetworkClassifier):
+            raise ValueError(
+                f"checkpoint {self.name} is a classifier, and makes no samples; it guides those of another: "
+                f"+checkpoint@classifier=..."
+            )
+        return self.model
+
+    @property
+    def classifier(self) -> NetworkClassifier:
+        """The model where it is a classifier.
+
+        Raises:
+            ValueError: it is none.
+        """
+        if not isinstance(self.model, NetworkClassifier):
+            raise ValueError(f"checkpoint {self.name} is no classifier, but {type(self.model).__name__}")
         return self.model
 
     def check(self, shape: Sequence[int], dataset: str) -> None:

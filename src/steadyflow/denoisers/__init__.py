@@ -1,5 +1,6 @@
 """Denoisers D(x, alpha, sigma) = E[x_0 | alpha x_0 + sigma eps = x]: checkpoints in their wrapper, exact formulas."""
 
+from steadyflow.denoisers.classifier import NetworkClassifier
 from steadyflow.denoisers.denoiser import CountedDenoiser, Denoiser
 from steadyflow.denoisers.exact import Empirical, Gaussian, GaussianMixture
 from steadyflow.denoisers.linear import DenoiserNoise, MixtureNoise, NetworkNoise, NoiseModel
@@ -24,6 +25,7 @@ __all__ = [
     "Gaussian",
     "GaussianMixture",
     "MixtureNoise",
+    "NetworkClassifier",
     "NetworkDenoiser",
     "NetworkNoise",
     "NoiseModel",

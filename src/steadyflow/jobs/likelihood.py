@@ -51,7 +51,7 @@ def score(cfg: DictConfig, directory: Path) -> dict[str, Any]:
         log.info("%s: %d of %d images were there already", directory, len(found), len(index))
 
     device = ("cuda" if torch.cuda.is_available() else "cpu") if cfg.device == "auto" else cfg.device
-    model = checkpoint.model.to(device).requires_grad_(False)
+    model = checkpoint.generator.to(device).requires_grad_(False)
     with Progress(transient=True) as bar:
         task = bar.add_task("images", total=len(x))
         for rows in nll.isnan().nonzero()[:, 0].split(cfg.batch_size):

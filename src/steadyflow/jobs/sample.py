@@ -50,7 +50,12 @@ def run(cfg: DictConfig) -> dict[str, Any]:
     checkpoint: Checkpoint = instantiate(cfg.checkpoint)
     checkpoint.check(dataset.shape, dataset.name)
     index = torch.arange(cfg.num_samples)
-    label = class_labels(cfg.label, index, checkpoint.num_classes, cfg.seed)
+    guide: Checkpoint | None = instantiate(cfg.classifier)
+    if guide is not None:
+        guide.check(checkpoint.shape, f"of checkpoint {checkpoint.name}")
+    num_classes = checkpoint.num_classes or (guide.num_classes if guide else 0)
+    label = class_labels(cfg.label, index, num_classes, cfg.seed)
+    check_null(checkpoint, label, cfg.guidance_scale)
     sampler = sampler_on(cfg.sampler, checkpoint)
     if not isinstance(sampler, Sampler):
         raise ValueError(
@@ -59,7 +64,7 @@ def run(cfg: DictConfig) -> dict[str, Any]:
         )
     files = SampleFiles(directory, cfg.format, vector=len(checkpoint.shape) == 1)
     module = Sampling(
-        checkpoint.model,
+        checkpoint.generator,
         sampler,
         checkpoint.shape,
         cfg.seed,
@@ -68,16 +73,34 @@ def run(cfg: DictConfig) -> dict[str, Any]:
         batch_size=cfg.batch_size,
         guidance_scale=cfg.guidance_scale,
         num_classes=checkpoint.num_classes,
+        classifier=guide.classifier if guide else None,
+        classifier_scale=cfg.classifier_scale,
     )
     draw = partial(
         files.draw,
-        columns=checkpoint.num_classes if cfg.label in ("auto", "balanced") and checkpoint.num_classes <= 16 else None,
+        columns=num_classes if cfg.label in ("auto", "balanced") and num_classes <= 16 else None,
         reference=torch.stack([dataset[i][0] for i in range(min(len(dataset), 10000))]) if files.vector else None,
     )
     protocol = {"sampler": type(sampler).__name__, "guidance_scale": cfg.guidance_scale}
     results = SampleResults(files, draw, protocol)
     callbacks = [*(instantiate(cfg.callbacks) or {}).values()]
-    return make(cfg, module, files, [*callbacks, results], {"checkpoint": checkpoint.sha256})
+    inputs = {"checkpoint": checkpoint.sha256} | ({"classifier": guide.sha256} if guide else {})
+    return make(cfg, module, files, [*callbacks, results], inputs, inference_mode=guide is None)
+
+
+def check_null(checkpoint: Checkpoint, label: torch.Tensor | None, guidance_scale: float) -> None:
+    """That a checkpoint without a null label is not asked for it.
+
+    Raises:
+        ValueError: it is.
+    """
+    if getattr(getattr(checkpoint.model, "network", None), "null_label", True):
+        return
+    if label is None or bool((label == checkpoint.num_classes).any()) or guidance_scale != 1:
+        raise ValueError(
+            f"checkpoint {checkpoint.name} was trained with a class on every image and has no null label: choose "
+            "label=balanced, random or a class, and guidance_scale=1"
+        )
 
 
 def sampler_on(node: DictConfig, checkpoint: Checkpoint) -> Any:

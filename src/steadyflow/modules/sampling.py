@@ -10,9 +10,9 @@ from torch import Tensor
 
 from steadyflow.data.batches import philox
 from steadyflow.data.images import to_uint8
-from steadyflow.denoisers import CountedDenoiser, Denoiser, NoiseModel
+from steadyflow.denoisers import CountedDenoiser, Denoiser, NetworkClassifier, NoiseModel
 from steadyflow.diffusions import LinearDiffusion
-from steadyflow.guidance import ClassifierFree
+from steadyflow.guidance import Classifier, ClassifierFree
 from steadyflow.noise import NoiseSource
 from steadyflow.samplers.sampler import Progress, Sampler
 
@@ -119,6 +119,7 @@ class Sampling(L.LightningModule):
         batch_size: samples a process makes at a time.
         guidance_scale: w of classifier-free guidance; 1 is the conditional denoiser itself.
         num_classes: of the checkpoint; the null label of the guidance.
+        classifier: log p(label | x), whose gradient guides the samples to their labels, times `classifier_scale`.
 
     Where the sampler shares the work on each sample (`shard`), every process makes all samples, and the first has them.
 
@@ -143,6 +144,8 @@ class Sampling(L.LightningModule):
         batch_size: int,
         guidance_scale: float = 1.0,
         num_classes: int = 0,
+        classifier: NetworkClassifier | None = None,
+        classifier_scale: float = 1.0,
     ):
         super().__init__()
         NoiseSource(seed, index[:1], shape)  # raises for a seed that cannot be
@@ -150,6 +153,10 @@ class Sampling(L.LightningModule):
             raise ValueError(f"batch_size must be at least 1, got {batch_size}")
         self.denoiser, self.path = CountedDenoiser(denoiser), getattr(denoiser, "path", None)
         self.guided = guided(self.denoiser, guidance_scale, label, num_classes)
+        if classifier is not None:
+            if label is None or isinstance(self.path, LinearDiffusion):
+                raise ValueError("a classifier guides a denoiser towards labels: choose a class or classes (label=)")
+            self.guided = Classifier(self.guided, classifier.eval(), classifier_scale, conditional=num_classes > 0)
         self.sampler, self.shape, self.seed = sampler, tuple(shape), int(seed)
         self.index, self.label, self.batch_size = index, label, int(batch_size)
         self.progress: Progress | None = None

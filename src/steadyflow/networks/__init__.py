@@ -2,6 +2,7 @@
 
 from steadyflow.networks.diffusers_unet import DiffusersUNet
 from steadyflow.networks.mlp import MLP
+from steadyflow.networks.noisy_classifier import NoisyClassifier
 from steadyflow.networks.unet import UNet
 
-__all__ = ["MLP", "DiffusersUNet", "UNet"]
+__all__ = ["MLP", "DiffusersUNet", "NoisyClassifier", "UNet"]

@@ -14,6 +14,11 @@ def zero(module: nn.Module) -> nn.Module:
     return module
 
 
+def silu(x: Tensor) -> Tensor:
+    """x sigmoid(x); where nothing is differentiated in place, so for an x that nobody else reads."""
+    return functional.silu(x, inplace=not torch.is_grad_enabled())
+
+
 class GroupNorm(nn.GroupNorm):
     """Group normalisation in float32 at least, whatever the precision around it (Wu & He 2018).
 
@@ -89,14 +94,14 @@ class ResBlock(nn.Module):
         self.resample = nn.Identity() if direction is None else Resample(channels, direction, conv=False)
 
     def forward(self, x: Tensor, c: Tensor) -> Tensor:
-        h = self.conv1(self.resample(functional.silu(self.norm1(x))))
+        h = self.conv1(self.resample(silu(self.norm1(x))))
         c = self.condition(c)[:, :, None, None].to(h.dtype)
         if self.scale_shift:
             a, b = c.chunk(2, dim=1)
-            h = self.norm2(h) * (1 + a) + b
+            h = torch.addcmul(b, self.norm2(h), 1 + a)
         else:
-            h = self.norm2(h + c)
-        return self.skip(self.resample(x)) + self.conv2(self.dropout(functional.silu(h)))
+            h = self.norm2(h.add_(c))  # in place: a convolution's backward pass does not need its output
+        return self.conv2(self.dropout(silu(h))).add_(self.skip(self.resample(x)))
 
 
 class SelfAttention(nn.Module):

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 
-from steadyflow.networks.blocks import zero
+from steadyflow.networks.blocks import silu, zero
 from steadyflow.networks.conditioning import Conditioning, SinusoidalTime
 from steadyflow.networks.parts import Parts, level_resolutions
 
@@ -84,6 +84,7 @@ class UNet(nn.Module):
         super().__init__()
         self.in_channels, self.num_classes, self.patch_size = in_channels, num_classes, patch_size
         self.checkpoint_activations = checkpoint_activations
+        self.null_label = null_label or num_classes == 0  # whether it runs without a class
         self.divisor = patch_size * 2 ** (len(channel_mult) - 1)
         if image_size % self.divisor:
             raise ValueError(f"image_size {image_size} is not a multiple of {self.divisor}, which {self._why()}")
@@ -135,7 +136,7 @@ class UNet(nn.Module):
             h = self._run(stage, h, c)
         for stage, joins in zip(self.up, self.joins, strict=True):
             h = self._run(stage, torch.cat([h, skips.pop()], dim=1) if joins else h, c)
-        h = self.head(functional.silu(self.norm(h)))
+        h = self.head(silu(self.norm(h)))
         h = h if self.patch_size == 1 else functional.pixel_shuffle(h, self.patch_size)
         return h if self.mix is None else self._mix(self.mix, h, x, c)
 

@@ -69,16 +69,11 @@ def read(
     Raises:
         FileNotFoundError, ValueError: as `read_state`; another kind of network; an unknown schedule or prediction.
     """
-    if schedule not in ("linear", "cosine") or prediction not in ("eps", "x0"):
-        raise ValueError(
-            f"schedule is linear or cosine, prediction eps or x0; got schedule={schedule}, prediction={prediction}"
-        )
+    if prediction not in ("eps", "x0"):
+        raise ValueError(f"prediction is eps or x0, got {prediction}")
     state = plain_state(read_state(file), file)
     network = structure(state, image_size, file) | {"num_heads": num_heads, "head_channels": head_channels}
-    path: dict[str, Any] = {"_target_": "steadyflow.paths.Cosine", "s": 0.008}
-    if schedule == "linear":
-        path = {"_target_": "steadyflow.paths.DiscreteVariancePreserving"}
-        path |= {"beta_start": 0.1 / steps, "beta_end": 20 / steps, "steps": steps}
+    path = schedule_node(schedule, steps)
     unit = 1000 / steps if rescale_timesteps else 1.0  # of the network's time, per index
     target = "EpsDenoiser" if prediction == "eps" else "X0Denoiser"
     denoiser = {"_target_": f"steadyflow.denoisers.{target}", "clock": [unit * steps, -unit]}
@@ -89,6 +84,20 @@ def read(
         num_classes=network["num_classes"],
         card={"format": "adm", "prediction": prediction, "schedule": f"{schedule}, {steps} steps"},
     )
+
+
+def schedule_node(schedule: str, steps: int) -> dict[str, Any]:
+    """The path of a schedule.
+
+    Raises:
+        ValueError: neither linear nor cosine.
+    """
+    if schedule == "linear":
+        path: dict[str, Any] = {"_target_": "steadyflow.paths.DiscreteVariancePreserving"}
+        return path | {"beta_start": 0.1 / steps, "beta_end": 20 / steps, "steps": steps}
+    if schedule == "cosine":
+        return {"_target_": "steadyflow.paths.Cosine", "s": 0.008}
+    raise ValueError(f"schedule is linear or cosine, got {schedule}")
 
 
 def plain_state(found: Any, file: str | Path) -> dict[str, Tensor]:
@@ -164,9 +173,8 @@ def rename(state: Mapping[str, Tensor], network: Mapping[str, Any], new_attentio
         if ours.endswith("qkv." + kind) or ".attention.out." in ours:
             value = value.flatten(1) if kind == "weight" else value
         if ".attention.qkv." in ours and not new_attention_order:
-            heads = network["num_heads"]
-            if network["head_channels"] is not None:
-                heads = value.shape[0] // 3 // network["head_channels"]
+            per_head = network["head_channels"]
+            heads = value.shape[0] // 3 // per_head if per_head else network["num_heads"]
             value = value.unflatten(0, (heads, 3, -1)).transpose(0, 1).flatten(0, 2)
         if ours == "conditioning.first.weight":
             value = value.roll(value.shape[1] // 2, 1)  # cosines first -> sines first
