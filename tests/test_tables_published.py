@@ -144,12 +144,18 @@ def test_overrides_compose_and_make_the_metric() -> None:
                 words.pop(key)
         line = (whole.job, *(f"{k}={v}" for k, v in words.items()))
         wanted.setdefault(line, {})[cell.metric] = (whole.name, cell.row, cell.column)
-    shapes: dict[tuple[str, ...], DictConfig] = {}  # lines that differ in numbers or sets of files: once
+    composed: dict[tuple[str, ...], DictConfig] = {}  # by job and words of a group; numbers, sets of files: once
     with initialize_config_dir(str(CONFIGS), version_base="1.3"):
         for line, metrics in wanted.items():
-            shape = tuple(re.sub(rf"=([-+.e\d]+|{PUBLIC})$|^dataset=\w+$", "=0", word) for word in line)
-            composed = shapes[shape] = shapes[shape] if shape in shapes else compose(line[0], list(line[1:]))
-            made = MADE[line[0]] | set(composed.get("callbacks", {}).get("evaluation", {}).get("metrics", {}))
+            parts = {"callbacks": line[:1]}
+            for word in line[1:]:
+                group = re.split(r"[./=]", word.split("@")[-1])[0]  # path@sampler.path=ot is the sampler's
+                word = re.sub(rf"=([-+.e\d]+|{PUBLIC})$|^dataset=\w+$", "=0", word)
+                parts[group] = (*parts.get(group, line[:1]), word)
+            if new := [words for words in parts.values() if words not in composed]:
+                composed |= dict.fromkeys(new, compose(line[0], list(line[1:])))
+            callbacks = composed[parts["callbacks"]].get("callbacks", {})
+            made = MADE[line[0]] | set(callbacks.get("evaluation", {}).get("metrics", {}))
             assert metrics.keys() <= made, (line, metrics)
     assert len(wanted) > 40
 

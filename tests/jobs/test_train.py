@@ -85,6 +85,16 @@ def mixture():
     return {key: dataset[key] for key in ("means", "covariances", "weights")}
 
 
+def test_training_begins_with_the_weights_of_another_run(run, mistake):
+    assert run("first", "max_steps=4", "seed=1") == 0
+    assert run("tuned", "max_steps=1", "init=first", "lr=1e-12", "warmup=0", "seed=2") == 0
+    first, tuned = (checkpoints.load(name).model.state_dict() for name in ("first", "tuned"))
+    for key, value in first.items():
+        torch.testing.assert_close(tuned[key], value, rtol=0, atol=1e-9)
+    assert "init=first holds the weights of another network" in mistake("init=first", "network.width=8")
+    assert "no checkpoint in nowhere" in mistake("init=nowhere")
+
+
 def test_a_finished_run_is_left_as_it_is_and_another_config_is_refused_by_key(run, mistake):
     assert run("one", "max_steps=4") == 0
     before = {f: Path("one", f).read_bytes() for f in ("model/model.safetensors", "metrics.json")}

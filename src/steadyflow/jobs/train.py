@@ -114,10 +114,11 @@ def run(cfg: DictConfig) -> dict[str, Any]:
 
 
 def build(cfg: DictConfig, dataset: Any) -> Trainable:
-    """The untrained network in its wrapper, tried on one sample of zeros.
+    """The network in its wrapper, tried on one sample of zeros: untrained, or with the weights of cfg.init.
 
     Raises:
-        ValueError: the network does not fit the dataset's shape or classes.
+        ValueError: the network does not fit the dataset's shape or classes, or the weights to begin with.
+        FileNotFoundError: no checkpoint there.
     """
     network = instantiate(cfg.network)
     num_classes = classes(network)
@@ -126,6 +127,8 @@ def build(cfg: DictConfig, dataset: Any) -> Trainable:
             f"the network has {num_classes} classes and the dataset {dataset.name} {dataset.num_classes}; set "
             f"network.num_classes={dataset.num_classes}, or 0 for an unconditional network"
         )
+    if cfg.init is not None:
+        begin_with(network, cfg.init)
     denoiser: Trainable = instantiate(cfg.prediction, network=network, path=instantiate(cfg.path))
     x, t = torch.zeros(1, *dataset.shape), torch.full((1,), 0.5, dtype=torch.float64)
     x = denoiser.path.lift(x) if isinstance(denoiser.path, LinearDiffusion) else x
@@ -140,6 +143,16 @@ def build(cfg: DictConfig, dataset: Any) -> Trainable:
         ) from error
     denoiser.train()
     return denoiser
+
+
+def begin_with(network: nn.Module, init: str) -> None:
+    """Takes the weights of a checkpoint, whatever it predicts, on any path: fine-tuning."""
+    begun = checkpoints.embedded(init) if init in checkpoints.embedded_names() else checkpoints.load(init)
+    try:
+        network.load_state_dict(begun.model.get_submodule("network").state_dict())
+    except RuntimeError as error:
+        line = str(error).splitlines()[1].strip()
+        raise ValueError(f"init={init} holds the weights of another network than network=...: {line}") from None
 
 
 def classes(network: nn.Module) -> int:

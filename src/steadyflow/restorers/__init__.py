@@ -5,6 +5,7 @@ from steadyflow.restorers.diffpir import DiffPIR
 from steadyflow.restorers.flow_dps import FlowDPS
 from steadyflow.restorers.gradients import DPS, PiGDM
 from steadyflow.restorers.guided import GuidedSampler
+from steadyflow.restorers.linear_regression import LinearRegression
 from steadyflow.restorers.presets import guided
 from steadyflow.restorers.red_diff import REDDiff
 from steadyflow.restorers.restorer import Measurement, Restorer
@@ -19,6 +20,7 @@ __all__ = [
     "DiffPIR",
     "FlowDPS",
     "GuidedSampler",
+    "LinearRegression",
     "Measurement",
     "PiGDM",
     "REDDiff",
