@@ -53,3 +53,14 @@ def test_other_images_are_refused() -> None:
     for images in (torch.zeros(2, 1, 28, 28, dtype=torch.uint8), torch.zeros(2, 1, 32, 32)):
         with pytest.raises(ValueError, match=r"digits features need uint8 images \(B, 1, 32, 32\)"):
             DigitsNet()(images)
+
+
+def test_smaller_images_are_enlarged_on_demand() -> None:
+    """16 x 16 digits are classified as the 32 x 32 ones they become; without being asked to, they are refused."""
+    small = Digits("test", size=16)
+    _, probabilities = DigitsNet(enlarge=True)(small.images)
+    assert (probabilities.argmax(1) == small.labels).double().mean() > 0.97
+    same = DigitsNet(enlarge=True)(Digits("test").images[:8])[0]
+    torch.testing.assert_close(same, DigitsNet()(Digits("test").images[:8])[0], rtol=0, atol=0)
+    with pytest.raises(ValueError, match="enlarge=true"):
+        DigitsNet()(small.images)

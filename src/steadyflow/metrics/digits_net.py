@@ -26,15 +26,17 @@ class DigitsNet(FeatureExtractor):
 
     Args:
         weights: a safetensors file; by default the one shipped.
+        enlarge: take smaller square images too, by bicubic interpolation to 32 x 32.
 
     Raises:
         ValueError: the shipped file has another hash than the one recorded here.
     """
 
-    name, dim, classes, resize = "digits", 64, 10, "none"
+    name, dim, classes = "digits", 64, 10
 
-    def __init__(self, weights: str | Path | None = None):
+    def __init__(self, weights: str | Path | None = None, enlarge: bool = False):
         super().__init__()
+        self.resize = "bicubic" if enlarge else "none"
         self.stages = digits_stages()
         self.classifier = nn.Linear(64, 10)
         data = (FILE if weights is None else Path(weights).expanduser()).read_bytes()
@@ -46,12 +48,16 @@ class DigitsNet(FeatureExtractor):
 
     def maps(self, images: Tensor) -> list[Tensor]:
         """The ReLU maps of the four stages, (B, 16, 32, 32), (B, 32, 16, 16), (B, 64, 8, 8), (B, 64, 8, 8)."""
-        if images.dtype != torch.uint8 or images.shape[1:] != (1, 32, 32):
+        smaller = self.resize != "none" and images.ndim == 4 and images.shape[2] == images.shape[3] < 32
+        shape = (1, *images.shape[2:]) if smaller else (1, 32, 32)
+        if images.dtype != torch.uint8 or images.shape[1:] != shape:
             raise ValueError(
                 f"digits features need uint8 images (B, 1, 32, 32), got {images.dtype} {tuple(images.shape)}; "
-                "choose features=inception"
+                "choose features=inception, or for smaller images features=digits features.enlarge=true"
             )
         x, maps = from_uint8(images), []
+        if smaller:
+            x = nn.functional.interpolate(x, size=(32, 32), mode="bicubic").clamp(-1, 1)
         for stage in self.stages:
             x = stage(x)
             maps.append(x)
