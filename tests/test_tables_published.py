@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import yaml
 from hydra import compose, initialize_config_dir
+from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 
 import steadyflow.jobs.record  # noqa: F401 - the resolver of hydra.run.dir
@@ -120,6 +121,25 @@ def test_red_diff_s_lambda_is_that_of_its_values_in_the_search() -> None:
         ("ot_ode_5_4", "Denoise FID"),
         ("ot_ode_5_6", "Inpaint center FID"),
     ]
+
+
+@pytest.mark.parametrize("name", ["imagenet64", "imagenet128", "afhq"])
+def test_red_diff_s_experiments_have_the_lambdas_of_the_tables(name: str) -> None:
+    lambdas = yaml.safe_load((CONFIGS / "experiment" / f"restore_red_diff_{name}.yaml").read_text())["lambdas"]
+    found: dict[str, dict[str, float]] = {}
+    for cell in (c for i in range(1, 13) for c in table(f"ot_ode_5_{i}").cells):
+        o = cell.overrides
+        if cell.row == "VP-SDE RED-Diff" and cell.metric == "fid" and o["dataset"].startswith(name):
+            noise = "none" if float(o["task.sigma_y"]) == 0 else "some"
+            found.setdefault(noise, {})[o["task"]] = float(o["sampler.weight"])
+    assert {k: dict(v) for k, v in found.items()} == {
+        k: {task: v for task, v in of.items() if task in found[k]} for k, of in lambdas.items()
+    }
+    with initialize_config_dir(str(CONFIGS), version_base="1.3"):
+        words = [f"+experiment=restore_red_diff_{name}", "task=blur", "noise=none"]
+        composed = compose("restore", words, return_hydra_config=True)
+    HydraConfig.instance().set_config(composed)
+    assert (composed.sampler.weight, composed.task.sigma_y) == (lambdas["none"]["blur"], 0)
 
 
 def composable() -> Iterator[tuple[Table, Cell]]:

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from steadyflow.denoisers import Empirical, Gaussian, GaussianMixture
+from steadyflow.denoisers import Empirical, Gaussian, GaussianMixture, Photographs
 
 F64 = torch.float64
 
@@ -203,3 +203,20 @@ def test_empirical_limits_and_labels():
 def test_what_does_not_fit_is_refused(build, message):
     with pytest.raises(ValueError, match=message):
         build()
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_photographs_are_gaussian_with_the_spectrum_of_natural_images(channels):
+    shape = (channels, 4, 6)
+    found, d = Photographs(shape), channels * 24
+    alpha, sigma = pair(0.6, 0.8)
+    gain = found(torch.eye(d, dtype=F64).reshape(d, *shape), alpha, sigma).reshape(d, d)
+    covariance = sigma**2 / alpha * torch.linalg.solve(torch.eye(d, dtype=F64) - alpha * gain, gain)
+    torch.testing.assert_close(covariance, covariance.mT)
+    other, x = pair(0.9, 0.2), states(2, *shape)  # one law for all noise levels
+    torch.testing.assert_close(
+        found(x, *other), Gaussian(torch.zeros(shape), covariance)(x, *other), rtol=1e-7, atol=1e-7
+    )
+    waves = torch.cos(math.pi * 2 * (torch.arange(6, dtype=F64) + 0.5) / 6).expand(shape)  # grey, f = 1/6
+    power = 7.5e-3 / (1 / 36 + 1e-6)
+    torch.testing.assert_close((covariance @ waves.flatten()).reshape(shape), power * waves)

@@ -7,12 +7,27 @@ import pytest
 import torch
 from torch import Tensor
 
+from steadyflow import guidance
 from steadyflow.denoisers import CountedDenoiser, Denoiser, Gaussian
 from steadyflow.grids import Uniform
 from steadyflow.linear import Blur, Clip, Inpainting
 from steadyflow.noise import NoiseSource
 from steadyflow.paths import ConditionalOT, VariancePreserving
-from steadyflow.restorers import DDNM, DDRM, DPS, DiffPIR, FlowDPS, Measurement, PiGDM, REDDiff, Restorer
+from steadyflow.restorers import (
+    DDNM,
+    DDRM,
+    DPS,
+    CPiGDM,
+    CPiGFM,
+    DiffPIR,
+    FlowDPS,
+    GuidedSampler,
+    Measurement,
+    PiGDM,
+    REDDiff,
+    Restorer,
+)
+from steadyflow.samplers import Euler
 
 VP, OT = VariancePreserving(), ConditionalOT()
 SHAPE = (1, 2, 3)
@@ -198,6 +213,7 @@ METHODS: dict[str, Callable[[], Restorer]] = {
     "ddrm": lambda: DDRM(VP, Uniform(), 4),
     "red_diff": lambda: REDDiff(VP, Uniform(end=0, zero=False), 4),
     "diffpir": lambda: DiffPIR(VP, Uniform(), 4),
+    "diffpir_ot": lambda: DiffPIR(OT, Uniform(), 4),
     "flow_dps": lambda: FlowDPS(OT, Uniform(end=0, zero=False), 4),
 }
 
@@ -214,6 +230,48 @@ def test_a_batch_is_its_samples_one_by_one_at_one_evaluation_a_step(name: str) -
         given = Measurement(y[i : i + 1], operator, 0.1)
         alone = METHODS[name]()(prior, given, NoiseSource(0, noise.index[i : i + 1], shape))
         torch.testing.assert_close(alone[0], together[i], rtol=1e-4, atol=1e-5)
+
+
+class Watched(Denoiser):
+    """Counts its evaluations, those under autograd, and the vector-Jacobian products taken of them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls = self.graphs = self.products = 0
+
+    def forward(self, x: Tensor, alpha: Tensor, sigma: Tensor, **condition: Tensor) -> Tensor:
+        self.calls, self.graphs = self.calls + 1, self.graphs + torch.is_grad_enabled()
+        out = 0.3 * torch.tanh(x / (alpha + sigma))
+        if out.requires_grad:
+            out.register_hook(self._product)
+        return out
+
+    def _product(self, _: Tensor) -> None:
+        self.products += 1
+
+
+GUIDED: dict[str, Callable[[], Restorer]] = {
+    "ot_ode": lambda: GuidedSampler(Euler(OT, Uniform(0.8), 4), guidance.PiGDM),
+    "vp_ode": lambda: GuidedSampler(Euler(VP, Uniform(0.6), 4), partial(guidance.PiGDM, gamma="vp_ode")),
+    "nrsd": lambda: GuidedSampler(Euler(OT, Uniform(0.8), 4), guidance.NRSD),
+    "guided_dps": lambda: GuidedSampler(Euler(OT, Uniform(0.8), 4), partial(guidance.DPS, weight=1.0)),
+    "guided_ddnm": lambda: GuidedSampler(Euler(OT, Uniform(0.8), 4), guidance.DDNM),
+    "c_pigdm": lambda: CPiGDM(VP, Uniform(0.6), 4, denoise_last=False),
+    "c_pigdm_denoised": lambda: CPiGDM(VP, Uniform(0.6), 4),
+    "c_pigfm": lambda: CPiGFM(OT, Uniform(0.8), 4, order=2),
+}
+PRODUCTS = dict.fromkeys(("pigdm", "dps", "ot_ode", "vp_ode", "nrsd", "guided_dps", "c_pigdm", "c_pigfm"), 4)
+
+
+@pytest.mark.parametrize("name", [*METHODS, *GUIDED])
+def test_a_step_takes_one_product_with_the_jacobian_or_builds_no_graph(name: str) -> None:
+    shape, watched = (1, 4, 4), Watched()
+    operator = Inpainting(shape, (torch.arange(16).reshape(4, 4) % 2).double())
+    y = operator(torch.randn(2, *shape, generator=torch.Generator().manual_seed(1)))
+    found = {**METHODS, **GUIDED}[name]()(watched, Measurement(y, operator), NoiseSource(0, [0, 1], shape))
+    products = {**PRODUCTS, "c_pigdm_denoised": 3}.get(name, 0)
+    assert (watched.calls, watched.graphs, watched.products) == (4, products, products)
+    assert not found.requires_grad
 
 
 @pytest.mark.parametrize("name", ["pigdm", "ddnm", "ddrm", "red_diff", "diffpir"])

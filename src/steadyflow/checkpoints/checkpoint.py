@@ -14,7 +14,15 @@ from steadyflow.checkpoints.formats import convert, format_names, looks_like
 from steadyflow.checkpoints.nodes import nearest
 from steadyflow.checkpoints.running import Running
 from steadyflow.checkpoints.weights import content_hash, sha256_of
-from steadyflow.denoisers import Denoiser, Empirical, GaussianMixture, MixtureNoise, NetworkClassifier, NoiseModel
+from steadyflow.denoisers import (
+    Denoiser,
+    Empirical,
+    GaussianMixture,
+    MixtureNoise,
+    NetworkClassifier,
+    NoiseModel,
+    Photographs,
+)
 from steadyflow.diffusions import LinearDiffusion
 from steadyflow.paths import GaussianPath
 
@@ -201,6 +209,17 @@ def analytic(dataset: Dataset, path: GaussianPath | LinearDiffusion) -> Checkpoi
     card = {"exact denoiser of": f"{dataset.name} ({kind}, {len(dataset)} items)", "fingerprint": dataset.fingerprint}
     name = f"analytic ({dataset.name})"
     return Checkpoint(name, denoiser.eval(), path, tuple(dataset.shape), num_classes, sha256, card)
+
+
+def photographs(height: int, width: int, channels: int, path: GaussianPath) -> Checkpoint:
+    """The exact denoiser of a Gaussian law with the spectrum of photographs, see `denoisers.Photographs`.
+
+    Raises:
+        ValueError: channels that are not 1 or 3.
+    """
+    shape = (channels, height, width)
+    sha256 = hashlib.sha256(f"photographs {shape} {type(path).__name__}".encode()).hexdigest()
+    return Checkpoint("photographs", Photographs(shape).eval(), path, shape, 0, sha256)
 
 
 def _exact_noise(dataset: Any, path: LinearDiffusion) -> MixtureNoise:

@@ -13,6 +13,7 @@ from steadyflow.denoisers.network import (
     VelocityDenoiser,
     X0Denoiser,
 )
+from steadyflow.denoisers.photographs import Photographs
 from steadyflow.denoisers.pullback import denoise_and_pull
 
 __all__ = [
@@ -29,6 +30,7 @@ __all__ = [
     "NetworkDenoiser",
     "NetworkNoise",
     "NoiseModel",
+    "Photographs",
     "ScoreDenoiser",
     "VDenoiser",
     "VelocityDenoiser",

@@ -10,6 +10,8 @@ from steadyflow.paths import GaussianPath
 from steadyflow.restorers.restorer import Measurement
 from steadyflow.restorers.stepwise import StepwiseRestorer, level, require_share
 
+MAX_RATIO = 1e3  # of sigma / alpha, infinite where conditional OT begins
+
 
 class DiffPIR(StepwiseRestorer):
     """x_0 = argmin_v |y - A v|^2 / (2 sigma_y^2) + |v - D|^2 / (2 r^2),   r^2 = (sigma_t / alpha_t)^2 / lambda
@@ -53,5 +55,5 @@ class DiffPIR(StepwiseRestorer):
     ) -> Tensor:
         (a_t, s_t), (a_s, s_s) = level(self.path, t), level(self.path, s)
         x0 = denoiser(x, *self.path(t), **condition)
-        x0 = x0 + measurement.correction(x0, self.path.ratio(t) ** 2 / self.weight)
+        x0 = x0 + measurement.correction(x0, self.path.ratio(t).clamp(max=MAX_RATIO) ** 2 / self.weight)
         return a_s * x0 + s_s * ((1 - self.zeta) ** 0.5 / s_t * (x - a_t * x0) + self.zeta**0.5 * z)
