@@ -12,11 +12,12 @@ import re
 from collections.abc import Collection, Mapping, Sequence
 from contextlib import nullcontext
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, Self, cast
 
 import torch
 import yaml
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from steadyflow.checkpoints.formats import Converted
 from steadyflow.checkpoints.nodes import build, nearest
@@ -170,7 +171,7 @@ def _has_further_tensors(network: nn.Module) -> bool:
 def _build(config: Mapping[str, Any], where: str, trusted: Collection[str] | None, meta: bool = True) -> Model:
     own = str(config["network"]["_target_"] if isinstance(config["network"], dict) else "").startswith("steadyflow.")
     with torch.random.fork_rng(devices=[]):  # initial weights are drawn, and nobody should notice
-        with torch.device("meta") if meta and own else nullcontext():  # a stranger's class may compute with tensors
+        with _WithoutMemory() if meta and own else nullcontext():  # a stranger's class may compute with tensors
             network = build(config["network"], f"{where}: network", trusted)
         path = build(config["path"], f"{where}: path", trusted)
         _check_kind(network, config, "network", where, nn.Module)
@@ -178,6 +179,28 @@ def _build(config: Mapping[str, Any], where: str, trusted: Collection[str] | Non
         denoiser = build(config["denoiser"], f"{where}: denoiser", trusted, network=network, path=path)
         _check_kind(denoiser, config, "denoiser", where, NetworkDenoiser, NetworkNoise, NetworkClassifier)
     return cast(Model, denoiser)
+
+
+class _WithoutMemory(TorchFunctionMode):
+    """Tensors are made on the meta device, and left as they are by whoever would fill them.
+
+    Filling them there would do nothing, after seconds of imports.
+    """
+
+    def __enter__(self) -> Self:
+        self.device = torch.device("meta")
+        self.device.__enter__()
+        return super().__enter__()
+
+    def __exit__(self, *error: Any) -> None:
+        super().__exit__(*error)
+        self.device.__exit__(*error)
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name, kwargs = getattr(func, "__name__", ""), kwargs or {}
+        fills = name.endswith("_") and not name.endswith("__") and name != "requires_grad_"
+        filled = args[0] if args else kwargs.get("tensor")
+        return filled if fills and isinstance(filled, Tensor) and filled.is_meta else func(*args, **kwargs)
 
 
 def _check_kind(value: object, config: Mapping[str, Any], key: str, where: str, *kinds: type) -> None:

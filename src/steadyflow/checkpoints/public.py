@@ -63,12 +63,17 @@ class Public:
         return {file: url for file, url in self.sources().items() if not file.is_file()}
 
     def converted(self) -> bool:
-        """Whether it lies there in our form, made from the right file by the conversion that its config asks for."""
+        """Whether it lies there in our form, made from the right file by the conversion that its config asks for.
+
+        A directory that no conversion made, say of a network that somebody trained, is taken as it is.
+        """
         if not (self.directory / CONFIG).is_file():
             return False
-        made = read_card(self.directory / CARD).get("conversion") or {}
-        right = self.sha256 is None or self.sha256 in (made.get("sha256") or {}).values()
-        return right and (made.get("format"), made.get("arguments")) == (self.format, dict(self.arguments))
+        made = read_card(self.directory / CARD).get("conversion")
+        if made is None:
+            return True
+        right = self.sha256 is None or self.sha256 in made["sha256"].values()
+        return right and (made["format"], made["arguments"]) == (self.format, dict(self.arguments))
 
     def prepare(self) -> None:
         """Brings it into our form, from its files.

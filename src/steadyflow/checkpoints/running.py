@@ -45,12 +45,14 @@ class Running:
         if self.channels_last:
             network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         if self.checkpoint_activations:
-            if not hasattr(network, "checkpoint_activations"):
+            able = [module for module in network.modules() if hasattr(module, "checkpoint_activations")]
+            if not able:
                 raise ValueError(
                     f"{type(network).__name__} cannot recompute activations; set checkpoint_activations=false, and "
                     "max_batch to what fits"
                 )
-            network.checkpoint_activations = cast(Any, True)
+            for module in able:
+                module.checkpoint_activations = cast(Any, True)
         if self.max_batch is not None:
             network.max_batch = cast(Any, self.max_batch)
         if self.compile:
