@@ -3,9 +3,10 @@
     python scripts/parity.py ORIGINALS [--only NAME ...] [--float64]
 
 ORIGINALS is a folder with the original repositories, each under its own name (git clone): guided-diffusion,
-pytorch_diffusion, ddim, flow_matching. A row builds the original network, fills it with random weights, saves it as its
-authors do, reads that file with this project's format, and compares outputs: max |ours - theirs| / max |theirs|, over
-the batch. Large networks are compared on images as small as they take. A row whose repository is absent says so.
+improved-diffusion, pytorch_diffusion, ddim, flow_matching. A row builds the original network, fills it with random
+weights, saves it as its authors do, reads that file with this project's format, and compares outputs: max |ours -
+theirs| / max |theirs|, over the batch. Large networks are compared on images as small as they take. A row whose
+repository is absent says so.
 
 --float64 repeats the comparison in double precision. The originals compute the sinusoidal features of the time, and
 some their norms, in single precision always: for this, they are given the features in double, and `.float()` is undone.
@@ -122,6 +123,22 @@ def adm_rows() -> Iterator[Row]:
         yield Row("adm", name, "guided-diffusion", original, read, size, double_time=ADM_TIME)
 
 
+def improved_rows() -> Iterator[Row]:
+    flags = {"image_size": 32, "num_channels": 128, "num_res_blocks": 3, "learn_sigma": True, "class_cond": False}
+    flags |= {"use_checkpoint": False, "attention_resolutions": "16,8", "num_heads": 4, "num_heads_upsample": -1}
+
+    def original() -> nn.Module:
+        from improved_diffusion.script_util import create_model
+
+        return create_model(**flags, use_scale_shift_norm=True, dropout=0.3)
+
+    def read(file: Path) -> Converted:
+        return adm.read(file, 32, num_heads=4, schedule="cosine", steps=4000, rescale_timesteps=True)
+
+    time = {"improved_diffusion.unet:timestep_embedding": sinusoids(True, False)}
+    yield Row("adm", "Improved DDPM CIFAR-10", "improved-diffusion", original, read, 32, double_time=time)
+
+
 def classifier_rows() -> Iterator[Row]:
     for size, depth in ((64, 4), (256, 2)):
 
@@ -227,7 +244,7 @@ def flow_matching_rows() -> Iterator[Row]:
 
 # ---------------------------------------------------------------------------- the table
 
-ROWS: list[Callable[[], Iterator[Row]]] = [adm_rows, classifier_rows, ddpm_rows, flow_matching_rows]
+ROWS: list[Callable[[], Iterator[Row]]] = [adm_rows, improved_rows, classifier_rows, ddpm_rows, flow_matching_rows]
 
 
 def compare(row: Row, double: bool) -> tuple[int, list[float]]:

@@ -12,9 +12,12 @@ in bfloat16 with channels_last.
 """
 
 import argparse
+import copy
+import statistics
 import tempfile
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -78,42 +81,52 @@ def pair() -> tuple[nn.Module, nn.Module]:
 
 
 def beside_diffusers(batch: int, repeat: int, compiled: bool) -> None:
-    """The table of ours and theirs: seconds of the fastest of `repeat` calls each, taken in turns."""
+    """The table of ours and theirs: medians of `repeat` rounds in turns, in each the faster of two calls.
+
+    Eager networks are copied anew for each round: where their weights happen to lie in memory moves a call by 3%.
+    """
     settings = [("cpu", torch.float32, False), ("cpu", torch.float32, True)]
     if torch.cuda.is_available():
         settings += [("cuda", torch.float32, False), ("cuda", torch.bfloat16, True)]
-    print(f"\n{'beside diffusers':36}{'ours':>10}{'diffusers':>11}{'ratio':>8}{'|ours - theirs|':>17}   ms per call")
+    print(f"{'beside diffusers':36}{'ours':>10}{'diffusers':>11}{'ratio':>8}{'|ours - theirs|':>17}   ms per call")
     for device, dtype, last in settings:
-        x = torch.randn(batch, 3, 32, 32, device=device, dtype=dtype)
-        t = torch.randint(0, 1000, (batch,), device=device)
         layout = torch.channels_last if last else torch.contiguous_format
-        ours, theirs = (net.to(device, dtype).to(memory_format=layout) for net in pair())
-        x = x.to(memory_format=layout)
-        calls = {
-            "ours": lambda ours=ours, x=x, t=t: ours(x, t.float()),
-            "diffusers": lambda theirs=theirs, x=x, t=t: theirs(x, t, return_dict=False)[0],
-        }
+        x = torch.randn(batch, 3, 32, 32, device=device, dtype=dtype).to(memory_format=layout)
+        t = torch.randint(0, 1000, (batch,), device=device)
+        pairs = [net.to(device, dtype).to(memory_format=layout) for net in pair()]
+
+        def call(network: nn.Module, x: torch.Tensor = x, t: torch.Tensor = t) -> torch.Tensor:
+            return network(x, t.float()) if isinstance(network, UNet) else network(x, t, return_dict=False)[0]
+
         for mode in ("eager", *(["compiled"] if compiled else [])):
             if mode == "compiled":
-                ours.compile()
-                theirs.compile()
-            clock = time.process_time if device == "cpu" else time.perf_counter
-            best: dict[str, float] = {}
+                for network in pairs:
+                    network.compile()
+            spent: list[list[float]] = [[], []]
             with torch.inference_mode():
-                found = {name: call() for name, call in calls.items()}
+                ours, theirs = (call(network) for network in pairs)
                 for i in range(repeat):
-                    for name, call in reversed(calls.items()) if i % 2 else calls.items():
-                        begin = clock()
-                        for _ in range(1 if device == "cpu" else 10):
-                            call()
-                        if device == "cuda":
-                            torch.cuda.synchronize()
-                        spent = (clock() - begin) / (1 if device == "cpu" else 10)
-                        best[name] = min(spent, best.get(name, spent))
-            apart = (found["ours"] - found["diffusers"]).abs().max().item()
+                    for k in (0, 1) if i % 2 else (1, 0):
+                        network = pairs[k] if mode == "compiled" else copy.deepcopy(pairs[k])
+                        spent[k].append(min(seconds(partial(call, network), device) for _ in range(2)))
+            a, b = (statistics.median(s) for s in spent)
             name = f"{device} {str(dtype).removeprefix('torch.')} {'channels_last ' if last else ''}{mode}"
-            a, b = best["ours"], best["diffusers"]
-            print(f"{name:36}{1e3 * a:10.2f}{1e3 * b:11.2f}{b / a:8.2f}{apart:17.1e}", flush=True)
+            apart = (ours - theirs).abs().max().item()
+            print(f"{name:36}{1e3 * a:10.2f}{1e3 * b:11.2f}{b / a:8.3f}{apart:17.1e}", flush=True)
+
+
+def seconds(call: Callable[[], object], device: str) -> float:
+    """CPU time of a call, or the time of ten on a CUDA device, divided."""
+    if device == "cpu":
+        begin = time.process_time()
+        call()
+        return time.process_time() - begin
+    torch.cuda.synchronize()
+    begin = time.perf_counter()
+    for _ in range(10):
+        call()
+    torch.cuda.synchronize()
+    return (time.perf_counter() - begin) / 10
 
 
 def main() -> None:
