@@ -1,6 +1,6 @@
 """Chooses the hyper-parameters of the tables restoration_digits and restoration_mnist, and prints their rows.
 
-    python scripts/tune_restorers.py FILE [images=32] [task="SR x8"]
+    python scripts/tune_restorers.py FILE [images=32] [task="SR x8"] [method=DDNM]
     python scripts/tune_restorers.py FILE checkpoints=DIR vp=mnist_vp ot=mnist_ot dataset=mnist dataset.size=32
 
 The same effort for each method and task: its twelve settings in GRIDS restore images of the training split, measured
@@ -57,11 +57,15 @@ GRIDS: dict[str, tuple[str, list[str], list[str]]] = {  # checkpoint and sampler
     "C-PiGFM": ("ot sampler=c_pigfm", settings("weight", 5, 20, 60, 180), settings("grid.start", 0.6, 0.8, 0.9)),
     "DDRM": ("vp sampler=ddrm", settings("eta", 0, 0.5, 0.85, 1), settings("eta_b", 1, 0.75, 0.5)),
     "DDNM": ("vp sampler=ddnm", settings("eta", 0, 0.5, 0.85, 1), PINV),
-    "RED-diff": ("vp sampler=red_diff", settings("weight", 0.01, 0.06, 0.25, 1, 4, 16), settings("lr", 0.1, 0.3)),
+    "RED-diff": (
+        "vp sampler=red_diff sampler.means=false",
+        settings("weight", 0.01, 0.06, 0.25, 1, 4, 16),
+        settings("lr", 0.1, 0.3),
+    ),
     "DPS": ("vp sampler=dps", settings("scale", 0.1, 0.3, 1, 3, 10, 30), settings("eta", 0, 1)),
 }
 NFE = {"C-PiGDM": [5], "C-PiGFM": [5], "RED-diff": [100], "DPS": [10, 100]}  # [10] of the others
-OWN = {"images": "32", "task": "", "vp": "digits32", "ot": "digits32_ot", "checkpoints": ""}
+OWN = {"images": "32", "task": "", "method": "", "vp": "digits32", "ot": "digits32_ot", "checkpoints": ""}
 
 
 def main() -> None:
@@ -78,11 +82,13 @@ def main() -> None:
             if own["task"] not in (task, ""):
                 continue
             for method, (start, *lists) in GRIDS.items():
-                kind, sampler = start.split()
+                if own["method"] not in (method, ""):
+                    continue
+                kind, *sampler = start.split()
                 name = own[kind]
                 at = f"checkpoint=path checkpoint.file={folder}/{name}" if folder else f"checkpoint={name}"
                 more = [f"{key}={value}" for key, value in words.items()]
-                cfg = compose("restore", [*more, *of.split(), *at.split(), sampler, "task.sigma_y=0.05"])
+                cfg = compose("restore", [*more, *of.split(), *at.split(), *sampler, "task.sigma_y=0.05"])
                 checkpoint = instantiate(cfg.checkpoint)
                 train = train or instantiate(cfg.dataset, split="train")
                 best = {}
@@ -102,7 +108,7 @@ def main() -> None:
                 for nfe in (5, 10, 20, 100):
                     chosen = best.get(nfe) or next(iter(best.values()))
                     fewer = " num_images=32" if nfe > 20 else ""
-                    line = f"{of} checkpoint={name} {sampler} sampler.steps={nfe} {chosen}{fewer}"
+                    line = f"{of} checkpoint={name} {' '.join(sampler)} sampler.steps={nfe} {chosen}{fewer}"
                     needs = f", needs: [{name}]" if folder else ""
                     rows.append(f'  "{task}, {method}, NFE {nfe}": {{set: "{line}"{needs}}}')
             rows.append(

@@ -69,9 +69,11 @@ def fixed(z: Tensor) -> NoiseSource:
 
 
 @pytest.mark.parametrize("sigma_y", [0.0, 0.3])
-def test_a_pigdm_step_is_ddim_and_a_gradient(measured: Callable[..., Measurement], sigma_y: float) -> None:
-    given, network, z, eta = measured(sigma_y), Wavy(), _random(3, *SHAPE, seed=3), 0.6
-    found = PiGDM(VP, [0.7, 0.4], weight=0.5, eta=eta, init="pinv")(network, given, fixed(z))
+def test_a_pigdm_step_is_ddim_and_a_gradient_that_does_not_go_past_what_it_wants(
+    measured: Callable[..., Measurement], sigma_y: float
+) -> None:
+    given, network, z, eta, weight = measured(sigma_y), Wavy(), _random(3, *SHAPE, seed=3), 0.6, 0.5
+    found = PiGDM(VP, [0.7, 0.4], weight=weight, eta=eta, init="pinv")(network, given, fixed(z))
     (alpha, sigma), (alpha_s, sigma_s) = VP(0.7), VP(0.4)
     x = (alpha * given.operator.pinv(given.y) + sigma * z).requires_grad_()
     x0, matrix = network(x, alpha, sigma), given.operator.matrix  # type: ignore[attr-defined]
@@ -82,8 +84,13 @@ def test_a_pigdm_step_is_ddim_and_a_gradient(measured: Callable[..., Measurement
     (score,) = torch.autograd.grad(law.log_prob(given.y).sum(), x, retain_graph=True)
     std = eta * ((1 - alpha_s**2) / (1 - alpha**2) * (1 - alpha**2 / alpha_s**2)).sqrt()  # Song et al. 2021, Eq. 16
     eps = (x - alpha * x0) / sigma
-    expected = alpha_s * x0 + (sigma_s**2 - std**2).sqrt() * eps + std * z + 0.5 * alpha_s * alpha * r2 * score
-    torch.testing.assert_close(found, expected.detach(), rtol=1e-9, atol=1e-9)
+    ddim = alpha_s * x0 + (sigma_s**2 - std**2).sqrt() * eps + std * z
+    torch.testing.assert_close(found, (ddim + weight * alpha * r2 * score).detach(), rtol=1e-9, atol=1e-9)
+    limited = PiGDM(VP, [0.7, 0.4], weight=1e9, eta=eta, init="pinv")(network, given, fixed(z)) - ddim
+    past = torch.autograd.functional.jvp(lambda x: network(x, alpha, sigma), x.detach(), limited.detach())[1]
+    wanted = given.correction(x0.detach(), r2)
+    share = (past * wanted).flatten(1).sum(1) / wanted.flatten(1).square().sum(1)  # of the way to it, along it
+    torch.testing.assert_close(share, torch.ones_like(share), rtol=1e-9, atol=1e-9)
 
 
 def test_pigdm_is_stable_where_the_prior_is_broad_and_alpha_small() -> None:

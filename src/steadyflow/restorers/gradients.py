@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 
+import torch
 from torch import Tensor
 
 from steadyflow.denoisers import Denoiser, denoise_and_pull
@@ -10,15 +11,20 @@ from steadyflow.paths import GaussianPath
 from steadyflow.restorers.restorer import Measurement
 from steadyflow.restorers.stepwise import StepwiseRestorer, ancestral, level, require_share
 
+TINY = 1e-30  # in the place of the square of no guidance
+
 
 class PiGDM(StepwiseRestorer):
-    """x_s = DDIM(D, x_t, eta) + w alpha_s alpha_t r^2 J^T A^T (r^2 A A^T + sigma_y^2 I)^-1 (y - A D)
+    """x_s = DDIM(D, x_t, eta) + w alpha_t J^T v,   v = r^2 A^T (r^2 A A^T + sigma_y^2 I)^-1 (y - A D)
 
-    with r^2 = sigma_t^2 / (alpha_t^2 + sigma_t^2), J = dD/dx, and A^+ y - A^+ A D after J^T without noise. The guidance
-    moves D but not eps, and is of the same size however small the step (`guidance.PiGDM` puts it into the denoiser).
-    It moves D, therefore alpha_s: added to x_s with alpha_t alone, it multiplies what was measured of a prior of
-    variance c by 1 - (alpha_t^2 c / (alpha_t^2 c + sigma_t^2))^2 / alpha_t or so a step, and diverges where alpha_t is
-    small and c is not. Source: Song et al. 2023 (PiGDM), Algorithm 1.
+    with r^2 = sigma_t^2 / (alpha_t^2 + sigma_t^2), J = dD/dx, and v = A^+ y - A^+ A D without noise. The guidance is of
+    the same size however small the step (`guidance.PiGDM` puts it into the denoiser); but of no image is it longer than
+
+        |v|^2 / |J^T v|^2 J^T v
+
+    beyond which J J^T v, the change of D, would go past v. Of a prior of variance c, J is alpha_t c / (alpha_t^2 c +
+    sigma_t^2), and as published the step is 1 / alpha_t times too long where c is large: it diverges within a few steps
+    of small alpha_t. Source: Song et al. 2023 (PiGDM), Algorithm 1, but for the limit.
 
     Args:
         path, grid, steps, init: see StepwiseRestorer. One evaluation and one vector-Jacobian product a step.
@@ -55,10 +61,12 @@ class PiGDM(StepwiseRestorer):
     ) -> Tensor:
         alpha, sigma = self.path(t)
         x0, pull = denoise_and_pull(denoiser, x, alpha, sigma, **condition)
-        guidance = pull(measurement.correction(x0, sigma**2 / (alpha**2 + sigma**2)))
-        after = level(self.path, s)
-        x = ancestral(x, x0, level(self.path, t), after, self.eta, z)
-        return x.add_(guidance, alpha=self.weight * alpha.item() * after[0])
+        wanted = measurement.correction(x0, sigma**2 / (alpha**2 + sigma**2))
+        guidance = pull(wanted)
+        ahead, back = (v.flatten(1).square().sum(1) for v in (wanted, guidance))
+        length = torch.minimum(ahead / back.clamp(min=TINY), torch.full_like(back, self.weight * alpha.item()))
+        x = ancestral(x, x0, level(self.path, t), level(self.path, s), self.eta, z)
+        return x.addcmul_(length.reshape(-1, *[1] * (x.ndim - 1)), guidance)
 
 
 class DPS(StepwiseRestorer):
