@@ -293,6 +293,10 @@ MASK = ["task=inpaint_box", "~task.operator.mask.size", "task.operator.mask._tar
         (["sampler=c_pigdm", "sampler.weight=1e6"], "w = 1e+06 damps the residual by e^"),
         (["sampler=c_pigdm", "sampler.grid.start=1.5"], "need 1 >= start > end >= 0, got start 1.5"),
         (["task=jpeg", "sampler=ddrm"], "DDRM needs singular values, and JPEG is not linear"),
+        (
+            ["task=jpeg", "sampler=dps"],
+            "the gradient of JPEG is 0 everywhere: DPS learns nothing of it; use sampler=pigdm",
+        ),
         (["task=jpeg", "task.sigma_y=0.1"], "JPEG is not linear, and this method knows it without noise alone"),
         (["sampler=ddim"], "DDIM draws samples and reads no measurement; use it with steadyflow sample"),
         (["sampler=ot_od"], "no option 'ot_od' in the group sampler. Did you mean ot_ode"),

@@ -263,7 +263,11 @@ def test_an_operator_that_is_not_linear_needs_h_and_its_inverse_alone() -> None:
     slope = 0.3 * alpha / (0.3 * alpha**2 + sigma**2)  # of D; of eps below
     d, eps, eps_slope = slope * x, (1 - alpha * slope) / sigma * x, (1 - alpha * slope) / sigma
     u = clip.pinv(given.y) - clip.pinv(clip(d))
-    leak = -quad(lambda tau: w / 2 * (0.1 + 19.9 * tau) * float(VP(tau)[1]), s, t)[0]
+
+    def rate(tau: float) -> float:
+        return w / 2 * (0.1 + 19.9 * tau) * float(VP(tau)[1]) * (float(VP(tau)[0]) / alpha_s) ** w
+
+    leak = -quad(rate, s, t)[0]
     expected = alpha_s * (d + (1 - (alpha / alpha_s) ** w) * u) + sigma_s * eps + alpha_s * leak * eps_slope * u
     torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-9)
     with pytest.raises(ValueError, match="Clip is not linear; lambda must be 0"):

@@ -36,8 +36,8 @@ class ConjugateIntegrator(Restorer):
         Y = m' - m a_t - lambda int_t^s m a,   Z = -int c n m a,   n' + lambda (h n a_t - int_t^s n a) before f,
         (1 + lambda h) m a_t + Y before D
 
-    Without noise an operator need not be linear: then f and zeta have the factors of the null space throughout
-    (heuristic), lambda 0.
+    Without noise an operator need not be linear: then everything has the factors of what is measured, lambda 0
+    (heuristic: most of such an image is measured, and the factor of zeta in the null space grows with w).
 
     Of order 2, f and zeta are not frozen but continued on the line through the step before (from r > t), an
     Adams-Bashforth step of the same cost: with g = (t - tau) / (r - t), and lambda 0, the step adds
@@ -179,16 +179,17 @@ class ConjugateIntegrator(Restorer):
                 return operator.spectral(v, lambda g: self.coefficients(k, (g / measurement.sigma_y) ** 2)[j])
 
             return sum((factor(j, v) for j, v in enumerate(parts)), torch.zeros_like(parts[0]))
+        table = self.table[k].tolist()
+        if not hasattr(operator, "spectral"):
+            if self.lam:
+                raise ValueError(f"{type(operator).__name__} is not linear; lambda must be 0, not {self.lam:g}")
+            table = [[measured, measured] for _, measured in table]
         x, of_range = torch.zeros_like(parts[0]), []
-        for j, (v, (null, measured)) in enumerate(zip(parts, self.table[k].tolist(), strict=True)):
+        for j, (v, (null, measured)) in enumerate(zip(parts, table, strict=True)):
             x += (measured if j == 1 else null) * v  # u has no part in the null space
             if j != 1 and null != measured:
                 of_range.append((measured - null) * v)
-        if hasattr(operator, "spectral"):
-            return x + operator.project(sum(of_range[1:], of_range[0]))
-        if self.lam:
-            raise ValueError(f"{type(operator).__name__} is not linear; lambda must be 0, not {self.lam:g}")
-        return x
+        return x + operator.project(sum(of_range[1:], of_range[0])) if of_range else x
 
 
 class CPiGDM(ConjugateIntegrator):

@@ -87,12 +87,19 @@ class Measurement:
         return expand(r2, x0) * self.operator.adjoint(weighted)
 
     def misfit(self, x0: Tensor, y: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """|y - A x_0| of each sample (B,), and its gradient in x_0, -A^T (y - A x_0) / |y - A x_0| (B, *S)."""
+        """|y - A x_0| of each sample (B,), and its gradient in x_0, -A^T (y - A x_0) / |y - A x_0| (B, *S).
+
+        Raises:
+            ValueError: an operator that is not linear and whose gradient is 0, as that of rounding.
+        """
         y = self.y if y is None else y
         with torch.enable_grad():
             x0 = x0.detach().requires_grad_()
             norm = torch.linalg.vector_norm((y - self.operator(x0)).flatten(1), dim=1)
             (slope,) = torch.autograd.grad(norm.sum(), x0)
+        if not hasattr(self.operator, "adjoint") and not slope.any() and bool(norm.any()):
+            kind = type(self.operator).__name__
+            raise ValueError(f"the gradient of {kind} is 0 everywhere: DPS learns nothing of it; use sampler=pigdm")
         return norm.detach(), slope
 
     def require_noiseless(self, method: str) -> None:
