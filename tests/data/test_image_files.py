@@ -253,3 +253,12 @@ def test_cifar_jpegs_match_pillow():
         for i, image in zip(index.tolist(), images, strict=True):
             expected = np.asarray(Image.open(file.open(names[i])))
             assert np.array_equal(image.permute(1, 2, 0).numpy(), expected)
+
+
+def test_a_folder_of_runs_is_no_folder_of_images(tmp_path):
+    for run in ("a/run1", "a/run2"):
+        (tmp_path / run).mkdir(parents=True)
+        (tmp_path / run / "run.json").write_text("{}")
+        Image.new("L", (4, 4)).save(tmp_path / run / "grid.png")
+    with pytest.raises(ValueError, match=r" holds 2 runs; give one of them, such as .*a/run2"):
+        open_images(tmp_path)

@@ -38,6 +38,8 @@ def open_images(path: str | os.PathLike[str]) -> "ImageFiles":
         return ImageFiles([NpzPart(path) if path.suffix == ".npz" else ArchivePart(path)])
     path = next((path / name for name in RUNS if (path / name).is_dir()), path)
     npz, zips = sorted(path.glob("*.npz")), sorted(path.glob("*.zip"))
+    if runs := sorted(path.glob("**/run.json")) if not npz and not zips and path.name not in RUNS else []:
+        raise ValueError(f"{path} holds {len(runs)} runs; give one of them, such as {runs[-1].parent}")
     if npz and zips:
         raise ValueError(f"{path} holds npz and zip files ({npz[0].name}, {zips[0].name}); give one of them")
     if npz:

@@ -86,7 +86,7 @@ def held_out(names: Sequence[str], count: int, split: str) -> np.ndarray:
 def _lines(file: str | os.PathLike[str]) -> list[list[str]]:
     path = Path(file).expanduser()
     if not path.is_file():
-        raise FileNotFoundError(f"no text file of image names at {path}")
+        raise FileNotFoundError(f"no text file of image names at {path}; set dataset.only or dataset.partition")
     return [line.split() for line in path.read_text().splitlines() if line.strip()]
 
 

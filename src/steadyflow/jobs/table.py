@@ -169,9 +169,9 @@ def all_tables(folders: list[Path]) -> Iterator[Table]:
 
 
 def list_tables(folders: list[Path], options: dict[str, set[str]]) -> None:
-    """Prints all tables: source, cells, and how many can be run today."""
+    """Prints all tables: source, cells, and of how many every method is in this version."""
     shown = RichTable(
-        RichColumn("table", no_wrap=True), "source", "title", RichColumn("cells", justify="right"), "can run"
+        RichColumn("table", no_wrap=True), "source", "title", RichColumn("cells", justify="right"), "built"
     )
     checkpoints, cells, ready = Path(os.environ.get("STEADYFLOW_DATA", "~/.cache/steadyflow/data")).expanduser(), 0, 0
     checkpoints = (checkpoints / ".." / "checkpoints").resolve()
@@ -182,7 +182,8 @@ def list_tables(folders: list[Path], options: dict[str, set[str]]) -> None:
     console = Console()
     console.print(shown)
     console.print(
-        f"{cells} cells, {ready} can run today: steadyflow table table=NAME [scale=mini|full] [dry=true]",
+        f"{cells} cells, {ready} of which this version can fill where their data and checkpoints are: "
+        "steadyflow table table=NAME [scale=mini|full] [dry=true]",
         highlight=False,
         markup=False,
     )
