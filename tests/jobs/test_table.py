@@ -321,7 +321,8 @@ def test_lists_all_tables(capsys: pytest.CaptureFixture[str], tmp_path: Path, mo
         len(lines) == len([*(Path(__file__).parents[2] / "configs" / "table").glob("*.yaml")]) - 1
     )  # all.yaml is none
     assert lines["ddim_digits"][4:6] == ["36", "36"]
-    assert lines["deis_6_2"][2:6] == ["Zhang 2023, Table 6.2", "DEIS on CIFAR-10 with few network calls", "50", "0"]
+    assert lines["deis_6_2"][2:6] == ["Zhang 2023, Table 6.2", "DEIS on CIFAR-10 with few network calls", "50", "50"]
+    assert lines["diffcollage_4_3"][5] == "0"
     assert "Tables 4.4, 4.7, 4.8, 7.3" in said
 
 
