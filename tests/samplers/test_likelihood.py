@@ -19,7 +19,9 @@ NOISE = NoiseSource(0, range(3), (2,), dtype=F64)
 MIXTURE = GaussianMixture([[-1.0, -0.5], [1.0, 0.5]], [0.3, 0.2], [0.3, 0.7])
 
 
-@pytest.mark.parametrize(("path", "end"), [(VP, 1e-6), (ConditionalOT(), 1e-4), (EDM(sigma_max=1e4), 1e-8)], ids=str)
+@pytest.mark.parametrize(
+    ("path", "end"), [(VP, 1e-6), (ConditionalOT(), 1e-4), (EDM(sigma_max=1e4), 1e-8)], ids=["vp", "ot", "edm"]
+)
 def test_a_mixture_to_four_digits(path, end):
     found = Likelihood(path, rtol=1e-6, atol=1e-6, end=end)(MIXTURE, POINTS, NOISE)
     exact = MIXTURE.log_prob(POINTS, torch.tensor(1.0), torch.tensor(0.0))
