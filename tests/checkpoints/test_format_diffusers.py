@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 
+from steadyflow.checkpoints import Running, load
 from steadyflow.checkpoints.formats import diffusers
 from steadyflow.checkpoints.nodes import build
 
@@ -55,6 +56,26 @@ def test_outputs_equal_the_librarys(name: str, tmp_path: Path) -> None:
         expected = theirs(x, t, class_labels=label).sample
         found = network.eval()(x, t.float(), label)
     torch.testing.assert_close(found, expected, rtol=0, atol=1e-5 * expected.abs().max().item())
+
+
+def test_a_table_of_times_takes_the_nearest_and_says_so_once(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    config = {**SMALL, "time_embedding_type": "learned", "num_train_timesteps": 10}
+    library.UNet2DModel(**config).save_pretrained(tmp_path)
+    library.DDPMScheduler(num_train_timesteps=10).save_pretrained(tmp_path)
+    checkpoint = load(tmp_path, format="diffusers", running=Running(checkpoint_activations=True))
+    network = checkpoint.denoiser.network
+    x = torch.randn(2, 3, 16, 16, requires_grad=True)
+    whole, between = torch.tensor([3.0, 7.0]), torch.tensor([3.0, 6.7])
+    expected = network(x, whole + 1e-5)
+    assert not caplog.records
+    assert torch.equal(network(x, between), expected)
+    network(x, between)
+    assert [record.getMessage() for record in caplog.records] == [
+        "this network's time embedding is a table: times between its indices are rounded to the nearest"
+    ]
+    (slope,) = torch.autograd.grad(expected.square().sum(), x)
+    network.checkpoint_activations = False
+    assert torch.allclose(slope, torch.autograd.grad(network(x, whole).square().sum(), x)[0], rtol=1e-4, atol=1e-6)
 
 
 def test_what_is_missing_or_unknown_is_one_line(tmp_path: Path) -> None:

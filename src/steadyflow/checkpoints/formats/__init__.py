@@ -69,7 +69,7 @@ def convert(file: str | Path, format: str, arguments: Mapping[str, Any]) -> Conv
         raise ValueError(f"format {format} takes no argument {wrong[0]!r}{nearest(wrong[0], known)}")
     if lacking := [k for k, p in known.items() if p.default is p.empty and k not in arguments]:
         raise ValueError(
-            f"format {format} needs the arguments {', '.join(lacking)}: checkpoint.arguments.{lacking[0]}=..."
+            f"format {format} needs the arguments {', '.join(lacking)}: +checkpoint.arguments.{lacking[0]}=..."
         )
     try:
         return read(Path(file), **arguments)
