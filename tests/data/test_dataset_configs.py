@@ -82,6 +82,14 @@ def test_afhq_of_one_class_and_of_three(tmp_path):
     with pytest.raises(ValueError, match=r"afhq_cat256 at .* has 2 images of split train, expected 5153"):
         cats(expected={"train": 5153})
     assert len(cats(expected={"train": 2, "test": 0, "all": 2})) == 2
+    one = tmp_path / "afhq/train"  # without splits: the images of one, or of both
+    assert len(cats(path=one, expected={"train": 2, "test": 7})) == len(
+        cats(path=one, expected={"train": 1, "test": 1})
+    )
+    with pytest.raises(ValueError, match=r"has 2 images, expected 3 or 7 or 10: it is incomplete"):
+        cats(path=one, expected={"train": 3, "test": 7})
+    with pytest.raises(ValueError, match="expected counts images of train, test or all; got val"):
+        cats(expected={"val": 3})
 
 
 def test_imagenet_and_a_list_of_a_thousand(tmp_path):

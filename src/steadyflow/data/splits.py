@@ -35,16 +35,22 @@ def split_archives(path: Path) -> dict[str, ImageArchive]:
 
 
 def check_counts(where: str, counts: Mapping[str, int], expected: Mapping[str, int] | None) -> None:
-    """Raises ValueError where a split, or all splits together (`all`), has not as many images as expected."""
-    counts = {**counts, "all": sum(counts.values())}
-    for split, number in (expected or {}).items():
-        if split not in (*WORDS, "all"):
-            raise ValueError(f"expected counts images of train, test or all; got {split}")
-        if counts.get(split, number) != number:
-            what = "" if split == "all" else f" of split {split}"
+    """Raises ValueError where a split, or all splits together (`all`), has not as many images as expected.
+
+    A path that brings no splits may hold the images of one of them, or of both.
+    """
+    expected = dict(expected or {})
+    if unknown := expected.keys() - {*WORDS, "all"}:
+        raise ValueError(f"expected counts images of train, test or all; got {min(unknown)}")
+    wanted = {split: {number} for split, number in expected.items() if split in (*counts, "all")}
+    if "all" in counts and expected and "all" not in expected:
+        wanted["all"] = {*expected.values(), sum(expected.values())}
+    for split, numbers in wanted.items():
+        found, what = (sum(counts.values()), "") if split == "all" else (counts[split], f" of split {split}")
+        if found not in numbers:
             raise ValueError(
-                f"{where} has {counts[split]} images{what}, expected {number}: it is incomplete or another set; take "
-                "it as it is with dataset.expected=null"
+                f"{where} has {found} images{what}, expected {' or '.join(map(str, sorted(numbers)))}: it is "
+                "incomplete or another set; take it as it is with dataset.expected=null"
             )
 
 
