@@ -1,6 +1,8 @@
 """Public checkpoints: fetched from a server, resumed, verified, converted once; other projects' files by format."""
 
 import hashlib
+import importlib
+import inspect
 import io
 import re
 import threading
@@ -15,9 +17,11 @@ import yaml
 from torch import Tensor
 
 from steadyflow import cli
-from steadyflow.checkpoints import load
+from steadyflow.checkpoints import Public, load
 from steadyflow.checkpoints.download import download, verify
+from steadyflow.checkpoints.formats import format_names
 
+CONFIGS = Path(__file__).parents[2] / "configs" / "checkpoint"
 DATA = bytes(range(256)) * 5000  # 1.28 MB: more than one chunk
 
 
@@ -111,6 +115,24 @@ def test_a_hash_is_published_or_recorded_and_checked_ever_after(tmp_path: Path) 
     file.write_bytes(DATA[:-1])
     with pytest.raises(ValueError, match=rf"it.sha256, of its first use, says sha256 {sha256}, found"):
         verify(file, None)
+
+
+def test_every_public_checkpoint_says_what_its_format_asks_for() -> None:
+    """Each config names itself, a page, and the arguments of its format; where it can be fetched, by https."""
+    loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
+    configs = {file.stem: yaml.load(file.read_text(), Loader=loader) for file in CONFIGS.glob("*.yaml")}
+    found = {name: about for name, about in configs.items() if about["_target_"] == "steadyflow.checkpoints.public"}
+    assert len(found) > 50
+    for name, about in found.items():
+        known = {k: v for k, v in about.items() if k not in ("defaults", "_target_", "_convert_")}
+        source = Public(**known)
+        assert (source.name, source.folder) == (name, "${data_dir}/../checkpoints")
+        assert source.page.startswith("https://")
+        assert all(url is None or url.startswith("https://") for url in source.sources().values())
+        assert {"resolution", "classes", "data_range", "fid", "licence", "source"} <= source.card.keys()
+        if source.format in format_names():
+            read = importlib.import_module(f"steadyflow.checkpoints.formats.{source.format}").read
+            inspect.signature(read).bind("file", **source.arguments)
 
 
 def ddpm_state(width: int = 32) -> dict[str, Tensor]:

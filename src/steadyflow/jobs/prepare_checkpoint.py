@@ -146,7 +146,7 @@ def all_public(data_dir: str) -> Iterator[Public]:
     hydra = HydraConfig.get()
     folders = [Path(s.path) for s in hydra.runtime.config_sources if s.schema == "file"]
     for file in sorted(file for folder in folders for file in folder.glob("checkpoint/*.yaml")):
-        about = yaml.safe_load(file.read_text())
+        about = yaml.load(file.read_text(), Loader=getattr(yaml, "CSafeLoader", yaml.SafeLoader))
         if about.get("_target_") == PUBLIC:
             about["folder"] = about["folder"].replace("${data_dir}", data_dir)
             yield Public(**{k: v for k, v in about.items() if k != "defaults" and not k.startswith("_")})
