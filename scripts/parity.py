@@ -45,6 +45,7 @@ class Row:
         call: (original network, x, t, label) -> output that ours should give; t as our network takes it.
         size: height of the images compared.
         times: of the network, the three of the batch.
+        labels: whether a network with classes is asked for some; a classifier gives its logits.
         double_time: modules and functions of theirs that compute in single precision; replaced for --float64.
     """
 
@@ -57,6 +58,7 @@ class Row:
     saved: Callable[[nn.Module], Any] = nn.Module.state_dict
     call: Call = lambda net, x, t, label: net(x, t) if label is None else net(x, t, label)
     times: tuple[float, ...] = (0.0, 423.0, 999.0)
+    labels: bool = True
     double_time: dict[str, Callable[..., Tensor]] = field(default_factory=dict)
 
 
@@ -147,16 +149,12 @@ def classifier_rows() -> Iterator[Row]:
 
             return create_classifier(**classifier_defaults() | {"image_size": size, "classifier_depth": depth})
 
-        def log_probability(network: nn.Module, x: Tensor, t: Tensor, label: Tensor) -> Tensor:
-            return network(x, t).log_softmax(1).gather(1, label[:, None]).squeeze(1)
-
         def read(file: Path, size: int = size) -> Converted:
             return adm_classifier.read(file, size)
 
         name = f"ImageNet {size} classifier"
-        row = Row("adm_classifier", name, "guided-diffusion", original, read, size, call=log_probability)
-        row.double_time = ADM_TIME
-        yield row
+        folder = "guided-diffusion"
+        yield Row("adm_classifier", name, folder, original, read, size, labels=False, double_time=ADM_TIME)
 
 
 # ---------------------------------------------------------------------------- pytorch_diffusion and DDIM (DDPM)
@@ -261,7 +259,7 @@ def compare(row: Row, double: bool) -> tuple[int, list[float]]:
     generator = torch.Generator().manual_seed(1)
     x = torch.randn(3, converted.shape[0], row.size, row.size, generator=generator)
     t = torch.tensor(row.times)
-    label = torch.arange(3) * (converted.num_classes // 3) if converted.num_classes else None
+    label = torch.arange(3) * (converted.num_classes // 3) if row.labels and converted.num_classes else None
     differences = []
     for dtype in (torch.float32, torch.float64) if double else (torch.float32,):
         ours.to(dtype).eval()

@@ -83,7 +83,7 @@ class UNet(nn.Module):
     ):
         super().__init__()
         self.in_channels, self.num_classes, self.patch_size = in_channels, num_classes, patch_size
-        self.checkpoint_activations = checkpoint_activations
+        self.checkpoint_activations, self.wide = checkpoint_activations, model_channels >= 128
         self.null_label = null_label or num_classes == 0  # whether it runs without a class
         self.divisor = patch_size * 2 ** (len(channel_mult) - 1)
         if image_size % self.divisor:
@@ -128,6 +128,8 @@ class UNet(nn.Module):
         self._check(x, t)
         c = functional.silu(self.conditioning(t, label))
         h = self.stem(x if self.patch_size == 1 else functional.pixel_unshuffle(x, self.patch_size))
+        if self.wide and h.device.type == "cpu" and h.dtype == torch.float32 and not torch.is_grad_enabled():
+            h = h.contiguous(memory_format=torch.channels_last)  # 5% faster there; narrow networks are slower
         skips = [h]
         for stage in self.down:
             h = self._run(stage, h, c)
