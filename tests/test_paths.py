@@ -11,6 +11,7 @@ from steadyflow.paths import (
     ConditionalOT,
     Cosine,
     DiscreteVariancePreserving,
+    SubVariancePreserving,
     VarianceExploding,
     VariancePreserving,
     combine,
@@ -18,12 +19,14 @@ from steadyflow.paths import (
 
 PATHS = {
     "vp": VariancePreserving(),
+    "subvp": SubVariancePreserving(),
     "vp_discrete": DiscreteVariancePreserving(),
     "cosine": Cosine(),
     "cosine_s0": Cosine(s=0.0),
     "ve": VarianceExploding(),
     "edm": EDM(),
     "ot": ConditionalOT(),
+    "ot_scaled": ConditionalOT(scale=2.0),
 }
 every_path = pytest.mark.parametrize("path", PATHS.values(), ids=PATHS.keys())
 INF = torch.tensor(math.inf, dtype=torch.float64)

@@ -96,6 +96,36 @@ class VariancePreserving(GaussianPath):
         return t.clamp(0, 1)
 
 
+class SubVariancePreserving(GaussianPath):
+    """The sub-VP diffusion with the beta of VariancePreserving: the same mean, a smaller variance.
+
+        alpha = exp(-B(t) / 2),  sigma = 1 - exp(-B(t)),  B(t) = beta_min t + (beta_max - beta_min) t^2 / 2
+
+    so sigma / alpha = 2 sinh(B / 2). Source: Song et al. 2021 (score SDE), Eq. 12 and Appendix B.
+
+    Raises:
+        ValueError: unless 0 < beta_min <= beta_max.
+    """
+
+    def __init__(self, beta_min: float = 0.1, beta_max: float = 20.0):
+        self._vp = VariancePreserving(beta_min, beta_max)
+        self.beta_min, self.beta_max = self._vp.beta_min, self._vp.beta_max
+
+    def __call__(self, t: Time) -> tuple[Tensor, Tensor]:
+        alpha, sigma = self._vp(t)
+        return alpha, sigma**2
+
+    def derivative(self, t: Time) -> tuple[Tensor, Tensor]:
+        t = _float64(t)
+        alpha, _ = self._vp(t)
+        beta = self.beta_min + (self.beta_max - self.beta_min) * t
+        return -0.5 * beta * alpha, beta * alpha**2
+
+    def time_at(self, ratio: Time) -> Tensor:
+        half = torch.asinh(_float64(ratio) / 2)  # B / 2; the VP ratio sqrt(e^B - 1) is at the same time
+        return self._vp.time_at(torch.sqrt(torch.expm1(2 * half)))
+
+
 class DiscreteVariancePreserving(GaussianPath):
     """The discrete DDPM schedule, linear betas over `steps` steps, read as a continuous path.
 
@@ -229,22 +259,33 @@ class EDM(GaussianPath):
 
 
 class ConditionalOT(GaussianPath):
-    """The conditional optimal-transport path of flow matching: alpha = 1 - t, sigma = t.
+    """The conditional optimal-transport path of flow matching: alpha = 1 - t, sigma = scale t.
 
     The ratio sigma / alpha is infinite at t = 1, where alpha = 0.
     Source: Lipman et al. 2023, Eq. 20-22 (their time runs the other way), with sigma_min = 0.
+
+    Args:
+        scale: the noise's; 2 for a flow trained on images in [0, 1], in the units of [-1, 1].
+
+    Raises:
+        ValueError: scale <= 0.
     """
+
+    def __init__(self, scale: float = 1.0):
+        if not scale > 0:
+            raise ValueError(f"need scale > 0, got {scale}")
+        self.scale = float(scale)
 
     def __call__(self, t: Time) -> tuple[Tensor, Tensor]:
         t = _float64(t)
-        return 1 - t, t.clone()
+        return 1 - t, self.scale * t
 
     def derivative(self, t: Time) -> tuple[Tensor, Tensor]:
         t = _float64(t)
-        return -torch.ones_like(t), torch.ones_like(t)
+        return -torch.ones_like(t), torch.full_like(t, self.scale)
 
     def time_at(self, ratio: Time) -> Tensor:
-        ratio = _float64(ratio)
+        ratio = _float64(ratio) / self.scale
         return torch.where(ratio > 1, 1 / (1 + 1 / ratio), ratio / (1 + ratio))
 
 

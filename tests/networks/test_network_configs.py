@@ -11,6 +11,7 @@ from steadyflow.networks.blocks import SelfAttention
 
 CONFIGS = Path(__file__).parents[2] / "configs" / "network"
 SIZES = {"unet_cifar10": 35_746_307, "unet_small": 9_593_539, "unet_digits": 1_194_372, "mlp": 264_834}
+SIZES |= {"ddpmpp_cifar10": 61_804_419, "ncsnpp_cifar10": 62_693_251}
 
 
 def test_each_config_is_listed_here() -> None:

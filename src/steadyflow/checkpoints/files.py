@@ -22,14 +22,14 @@ from torch.overrides import TorchFunctionMode
 from steadyflow.checkpoints.formats import Converted
 from steadyflow.checkpoints.nodes import build, nearest
 from steadyflow.checkpoints.weights import partner, read_weights, sha256_of, write_weights
-from steadyflow.denoisers import NetworkClassifier, NetworkDenoiser, NetworkNoise
+from steadyflow.denoisers import NetworkClassifier, NetworkDenoiser, NetworkNoise, VelocityNoise
 from steadyflow.diffusions import LinearDiffusion
 from steadyflow.paths import GaussianPath
 
 WEIGHTS, CONFIG, CARD = "model.safetensors", "config.yaml", "card.md"
 NODES = ("network", "path", "denoiser")
 ENTRIES = (*NODES, "shape", "num_classes", "sha256", "config_sha256")
-Model = NetworkDenoiser | NetworkNoise | NetworkClassifier
+Model = NetworkDenoiser | NetworkNoise | VelocityNoise | NetworkClassifier
 Parts = tuple[Model, GaussianPath | LinearDiffusion, tuple[int, ...], int, str, dict[str, Any]]
 
 
@@ -177,7 +177,8 @@ def _build(config: Mapping[str, Any], where: str, trusted: Collection[str] | Non
         _check_kind(network, config, "network", where, nn.Module)
         _check_kind(path, config, "path", where, GaussianPath, LinearDiffusion)
         denoiser = build(config["denoiser"], f"{where}: denoiser", trusted, network=network, path=path)
-        _check_kind(denoiser, config, "denoiser", where, NetworkDenoiser, NetworkNoise, NetworkClassifier)
+        kinds = (NetworkDenoiser, NetworkNoise, VelocityNoise, NetworkClassifier)
+        _check_kind(denoiser, config, "denoiser", where, *kinds)
     return cast(Model, denoiser)
 
 

@@ -3,7 +3,7 @@
 from steadyflow.denoisers.classifier import NetworkClassifier
 from steadyflow.denoisers.denoiser import CountedDenoiser, Denoiser
 from steadyflow.denoisers.exact import Empirical, Gaussian, GaussianMixture
-from steadyflow.denoisers.linear import DenoiserNoise, MixtureNoise, NetworkNoise, NoiseModel
+from steadyflow.denoisers.linear import DenoiserNoise, MixtureNoise, NetworkNoise, NoiseModel, VelocityNoise
 from steadyflow.denoisers.network import (
     EDMDenoiser,
     EpsDenoiser,
@@ -34,6 +34,7 @@ __all__ = [
     "ScoreDenoiser",
     "VDenoiser",
     "VelocityDenoiser",
+    "VelocityNoise",
     "X0Denoiser",
     "denoise_and_pull",
 ]

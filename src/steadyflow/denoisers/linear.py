@@ -8,10 +8,12 @@ import torch
 from torch import Tensor, nn
 
 from steadyflow.denoisers.denoiser import Denoiser
-from steadyflow.denoisers.network import call
+from steadyflow.denoisers.network import call, call_whole
 from steadyflow.diffusions import LinearDiffusion
 from steadyflow.diffusions.linear import inverse
 from steadyflow.paths import GaussianPath, combine
+
+INDICES = ((0, 0), (1, 0), (1, 1))  # of a lower triangle
 
 
 class NoiseModel(nn.Module, ABC):
@@ -87,6 +89,52 @@ class NetworkNoise(NoiseModel):
 
     def _root(self, t: Tensor) -> Tensor:
         return self.path.root(t) if self.factor == "R" else self.path.cholesky(t)
+
+
+class VelocityNoise(NoiseModel):
+    """A network that predicts the noise of the velocity alone, on a diffusion of a position and a velocity u = (x, v).
+
+        eps_v = network(u, t) + l_vv v / Sigma_vv        (mixed score: the exact noise of v ~ N(0, Sigma_vv))
+        u = psi x_0 + L (eps_x, eps_v):  two equations for x_0 and eps_x
+        eps_R = O^T (eps_x, eps_v),      psi = Psi(t, 0) lift(1)
+
+    The probability flow needs eps_v alone, but a sampler that holds eps_R still over a step needs both; the posterior
+    means of x_0 and eps obey the equation of their samples, so the second is exact where the first is. It is well
+    conditioned: psi_v and -psi_x l_xv / l_xx, whose sum divides, are both negative for critically-damped Langevin.
+    Source: Dockhorn et al. 2022, Eq. 8-9 and Section 3.2.
+
+    Args:
+        network: module called as network(u (B, 2 C, *rest), t (B,), **condition) -> (B, C, *rest).
+        path: a linear diffusion of two variables without a basis, as CLD.
+
+    Raises:
+        ValueError: another path.
+    """
+
+    def __init__(self, network: nn.Module, path: LinearDiffusion):
+        super().__init__()
+        if not isinstance(path, LinearDiffusion) or path.variables != 2 or path.frequencies:
+            raise ValueError(
+                f"this prediction is of the velocity of a diffusion like CLD, not of {type(path).__name__}"
+            )
+        self.network, self.path = network, path
+
+    def forward(self, u: Tensor, t: Tensor, **condition: Tensor) -> Tensor:
+        psi, covariance = self.path(t)
+        lower = self.path.cholesky(t)
+        (psi_x, psi_v), (l_xx, l_xv, l_vv) = psi[..., 0].unbind(-1), (lower[..., i, j] for i, j in INDICES)
+        x, v = u.chunk(2, 1)
+        eps_v = combine(
+            torch.ones_like(l_vv),
+            call_whole(self.network, u, t, **condition).to(u.dtype),
+            l_vv / covariance[..., 1, 1],
+            v,
+        )
+        slope = l_xv / l_xx
+        scale = 1 / (psi_v - slope * psi_x)
+        x0 = combine(-slope * scale, x, scale, combine(torch.ones_like(l_vv), v, -l_vv, eps_v))
+        eps_x = combine(1 / l_xx, x, -psi_x / l_xx, x0)
+        return self.path.apply(self.path.rotation(t).mT, torch.cat([eps_x, eps_v], 1))
 
 
 class DenoiserNoise(NoiseModel):

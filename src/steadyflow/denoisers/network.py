@@ -196,7 +196,12 @@ class EDMDenoiser(NetworkDenoiser):
 
 
 def call(network: nn.Module, x: Tensor, t: Tensor, **condition: Tensor) -> Tensor:
-    """network(x (B, *S), t (B,)) -> (B, *S) in the network's precision, t () or (B,); a variance is left out.
+    """network(x (B, *S), t (B,)) -> (B, *S) in the network's precision, t () or (B,); a variance is left out."""
+    return call_whole(network, x, t, **condition).narrow(1, 0, x.shape[1])
+
+
+def call_whole(network: nn.Module, x: Tensor, t: Tensor, **condition: Tensor) -> Tensor:
+    """All the channels that the network gives.
 
     A network with an attribute `max_batch` gets no more rows than that at a time.
     """
@@ -205,6 +210,5 @@ def call(network: nn.Module, x: Tensor, t: Tensor, **condition: Tensor) -> Tenso
     rows = getattr(network, "max_batch", None) or max(len(x), 1)
     parts = [slice(start, start + rows) for start in range(0, max(len(x), 1), rows)]
     whole = x.to(parameter.dtype)
-    outs = [network(whole[p], time[p], **{k: v[p] for k, v in condition.items()}) for p in parts]
-    out: Tensor = outs[0] if len(outs) == 1 else torch.cat(outs)
-    return out.narrow(1, 0, x.shape[1])
+    outs: list[Tensor] = [network(whole[p], time[p], **{k: v[p] for k, v in condition.items()}) for p in parts]
+    return outs[0] if len(outs) == 1 else torch.cat(outs)

@@ -1,6 +1,8 @@
 """What a network is conditioned on: the time, and optionally a class label with a null row."""
 
 import math
+from collections.abc import Callable
+from typing import Self
 
 import torch
 from torch import Tensor, nn
@@ -37,10 +39,42 @@ class SinusoidalTime(nn.Module):
         return torch.cat([angle.sin(), angle.cos()], dim=1)
 
 
+class FourierTime(nn.Module):
+    """Fourier features of t at random frequencies: (sin(2 pi w t), cos(2 pi w t)), w ~ N(0, scale^2) drawn once.
+
+    Source: Song et al. 2021 (score SDE), Appendix H.
+
+    Args:
+        dim: number of features, even.
+        scale: of the frequencies, which are saved with the weights and not trained.
+    """
+
+    def __init__(self, dim: int, scale: float = 16.0):
+        super().__init__()
+        if dim < 2 or dim % 2:
+            raise ValueError(f"Fourier time features need an even dimension, got {dim}")
+        self.frequencies: Tensor
+        self.register_buffer("frequencies", scale * torch.randn(dim // 2))
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        """As for every module, but for bfloat16 and float16, in which 2 pi w t would be wrong by a radian."""
+        before = self.frequencies
+        super()._apply(fn, recurse)
+        if self.frequencies.dtype in (torch.bfloat16, torch.float16):
+            self.frequencies = before.to(self.frequencies.device)
+        return self
+
+    def forward(self, t: Tensor) -> Tensor:
+        """(B,) -> (B, dim), in float32 at least."""
+        angle = t.to(self.frequencies.dtype)[:, None] * self.frequencies * (2 * math.pi)
+        return torch.cat([angle.sin(), angle.cos()], dim=1)
+
+
 class Conditioning(nn.Module):
     """The vector that modulates every block: an MLP of the time plus a row of the class table.
 
         c(t, label) = W_2 silu(W_1 features(t) + b_1) + b_2 + table[label]
+        c(t, label) = W_2 silu(W_1 (features(t) + table[label]) + b_1) + b_2        with labels_first
 
     The table has num_classes + 1 rows. The last is the null label, taken where no label is given, so that one network
     serves the conditional and the unconditional model (Ho & Salimans 2022).
@@ -50,15 +84,26 @@ class Conditioning(nn.Module):
         feature_dim, dim: sizes of the features and of the vector.
         num_classes: 0 for a network without labels.
         null_label: without it the table has no last row, and every call needs a label.
+        labels_first: the label joins the features, before the MLP (EDM's DDPM++ and NCSN++).
     """
 
-    def __init__(self, features: nn.Module, feature_dim: int, dim: int, num_classes: int = 0, null_label: bool = True):
+    def __init__(
+        self,
+        features: nn.Module,
+        feature_dim: int,
+        dim: int,
+        num_classes: int = 0,
+        null_label: bool = True,
+        labels_first: bool = False,
+    ):
         super().__init__()
         if num_classes < 0:
             raise ValueError(f"need num_classes >= 0, got {num_classes}")
-        self.features, self.num_classes, self.null_label = features, num_classes, null_label
+        self.features, self.num_classes = features, num_classes
+        self.null_label, self.labels_first = null_label, labels_first
         self.first, self.second = nn.Linear(feature_dim, dim), nn.Linear(dim, dim)
-        self.table = nn.Embedding(num_classes + null_label, dim) if num_classes else None
+        rows = num_classes + null_label
+        self.table = nn.Embedding(rows, feature_dim if labels_first else dim) if num_classes else None
 
     def forward(self, t: Tensor, label: Tensor | None = None) -> Tensor:
         """t (B,), label (B,) integers in 0..num_classes or None -> (B, dim).
@@ -69,8 +114,13 @@ class Conditioning(nn.Module):
         """
         if t.ndim != 1:
             raise ValueError(f"the network's time must have shape (B,), got {tuple(t.shape)}")
-        dtype = self.first.weight.dtype
-        out = self.second(functional.silu(self.first(self.features(t).to(dtype))))
+        out = self.features(t).to(self.first.weight.dtype)
+        if self.labels_first:
+            out = self._labelled(out, label)
+        out = self.second(functional.silu(self.first(out)))
+        return out if self.labels_first else self._labelled(out, label)
+
+    def _labelled(self, out: Tensor, label: Tensor | None) -> Tensor:
         if self.table is None:
             if label is not None:
                 raise ValueError("a label was given to a network without classes: build it with num_classes > 0")
@@ -81,7 +131,7 @@ class Conditioning(nn.Module):
                     f"this network has no unconditional model: give each sample a class, 0..{self.num_classes - 1}"
                 )
             return out + self.table.weight[-1].to(out.dtype)
-        self._check(label, len(t))
+        self._check(label, len(out))
         return out + self.table(label).to(out.dtype)
 
     def _check(self, label: Tensor, batch: int) -> None:
