@@ -82,7 +82,7 @@ def test_every_metric_in_one_pass_equals_the_metric_alone(run: Path) -> None:
     _ = sources.reference
     net.seen = 0
     found = Evaluator(every(), sources, batch_size=16).score(open_images(run), open_images(run / "pairs"))
-    assert net.seen == 70  # each image once, for all metrics
+    assert net.seen == 71  # each image once, for all metrics; one before, to see whether the features take it
 
     train, test = Digits("train"), Digits("test")
     features, probabilities = net(train.images[:70])
@@ -167,6 +167,20 @@ def test_too_few_images_are_a_reason_or_an_error(tmp_path: Path) -> None:
     assert "memorisation" not in found["protocol"] or found["memorisation"] is None  # a held-out image: infinite
     with pytest.raises(ValueError, match="at least 2 images for a covariance, got 1"):
         Evaluator(metrics, digits()).score(open_images(tmp_path), strict=True)
+
+
+def test_images_that_the_features_do_not_take_cost_only_the_metrics_that_need_them(tmp_path: Path) -> None:
+    pictures = torch.randint(0, 256, (3, 3, 40, 40), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    write_shard(tmp_path / "run/samples", torch.arange(3), pictures)
+    write_png_zip(tmp_path / "pairs", torch.arange(3), 255 - pictures)
+    metrics: dict[str, Any] = {"fid": FrechetDistance(), "psnr": PSNR()}
+    images, pairs = open_images(tmp_path / "run"), open_images(tmp_path / "pairs")
+    found = Evaluator(metrics, digits()).score(images, pairs)
+    assert found["fid"] is None
+    assert "digits features need uint8 images (B, 1, 32, 32)" in found["reason"]["fid"]
+    assert found["psnr"] > 0
+    with pytest.raises(ValueError, match="digits features need uint8 images"):
+        Evaluator(metrics, digits()).score(images, pairs, strict=True)
 
 
 def test_an_evaluator_can_be_used_again(run: Path) -> None:

@@ -86,6 +86,15 @@ class Evaluator:
             if "target" in metric.needs and target is None:
                 reasons.setdefault(name, "the images have no pairs to compare with; evaluate takes them as paired_with")
         active = {name: metric for name, metric in self.metrics.items() if name not in reasons}
+        if extracted := [name for name, metric in active.items() if {"features", "probabilities"} & set(metric.needs)]:
+            try:
+                self.sources.extractor(next(images.batches(1))[1].to(self.sources.device))
+            except ValueError as error:  # images that the features are not made for
+                if strict:
+                    raise
+                for name in extracted:
+                    reasons[name] = str(error)
+                    del active[name]
         for batch in self._batches(
             images, target, ranks, {need for metric in active.values() for need in metric.needs}
         ):
