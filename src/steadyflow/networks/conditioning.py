@@ -54,7 +54,7 @@ class FourierTime(nn.Module):
         if dim < 2 or dim % 2:
             raise ValueError(f"Fourier time features need an even dimension, got {dim}")
         self.frequencies: Tensor
-        self.register_buffer("frequencies", scale * torch.randn(dim // 2))
+        self.register_buffer("frequencies", torch.empty(dim // 2).normal_(std=scale))
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         """As for every module, but for bfloat16 and float16, in which 2 pi w t would be wrong by a radian."""

@@ -67,8 +67,8 @@ class Fourier(nn.Module):
 
     def __init__(self, dim: int):
         super().__init__()
-        self.register_buffer("frequencies", 2 * math.pi * torch.randn(dim))
-        self.register_buffer("phases", 2 * math.pi * torch.rand(dim))
+        self.register_buffer("frequencies", torch.empty(dim).normal_(std=2 * math.pi))
+        self.register_buffer("phases", torch.empty(dim).uniform_(0, 2 * math.pi))
 
     def forward(self, t: Tensor) -> Tensor:
         """(B,) -> (B, dim), in float32 at least."""
