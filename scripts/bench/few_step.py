@@ -59,7 +59,7 @@ THEIRS = {  # class, options, and ours of the same order: diffusers counts value
     "diffusers UniPC-3": ("UniPCMultistep", {"solver_order": 3}, "unipc 3"),
 }
 REACH = {  # of the best few-step rows known to us, measured on other mixtures of this kind, whose radius and spread are
-    # not known to us; those of this script are chosen so that the errors of DDIM come near theirs
+    # not known to us: those of this script were chosen with these figures in view, so the ratios compare, not prove
     "ring": {("deis tab3", "quadratic"): (0.0734, 0.0237, 0.0077, 0.00042),
              ("deis log_rhoab3", "log_snr"): (0.0911, 0.0343, 0.0130, 0.00072)},
     "spectrum": {("deis tab3", "quadratic"): (0.074, 0.019, 0.0028, 0.00014),
