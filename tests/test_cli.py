@@ -229,7 +229,7 @@ def test_a_broken_config_file_is_named(capsys: pytest.CaptureFixture[str]) -> No
     [
         ("{_target_: steadyflow.paths.ConditionalTO}", "thing: Error loading 'steadyflow.paths.ConditionalTO'"),
         ("{_target_: mymodule.Thing}", "thing: Error loading 'mymodule.Thing': ModuleNotFoundError"),
-        ("{_target_: steadyflow.paths.ConditionalOT, beta: 1}", "thing: ConditionalOT() takes no arguments"),
+        ("{_target_: builtins.object, beta: 1}", "thing: object() takes no arguments"),
         (
             "{_target_: steadyflow.paths.VariancePreserving, beta_mn: 1}",
             "thing: VariancePreserving.__init__() got an unexpected keyword argument 'beta_mn'",

@@ -24,7 +24,7 @@ RESULTS = {  # what the three works print as results, by table; and how many cel
 }
 # what the metrics.json of each job holds besides the metrics chosen
 MADE = {
-    "sample": {"nfe", "seconds_per_image"},
+    "sample": {"nfe", "seconds_per_image", "parameters"},
     "restore": {"nfe", "seconds_per_image", "consistency"},
     "invert": {"loss", "minutes_per_image", "epochs", "nfe", "psnr"},
 }

@@ -91,7 +91,7 @@ def test_mistakes(held_out: Path, tmp_path: Path, capsys: pytest.CaptureFixture[
     small = Digits("test", size=16).images[:60]
     write_shard(tmp_path / "small", torch.arange(60), small)
     line = mistake(capsys, tmp_path / "z", f"images={tmp_path}/small")
-    assert line.startswith("digits features need uint8 images (B, 1, 32, 32), got torch.uint8 (60, 1, 16, 16)")
+    assert line.startswith("digits features need uint8 images (B, 1, 32, 32), got torch.uint8 (1, 1, 16, 16)")
     line = mistake(capsys, tmp_path / "w", run, f"paired_with={tmp_path}/small", "callbacks=psnr")
     assert "pairs of different sizes: images are (1, 32, 32), their pairs (1, 16, 16)" in line
     write_shard(tmp_path / "small", torch.arange(60, 62), Digits("test").images[:2])

@@ -215,7 +215,7 @@ def test_a_failed_cell_is_told_and_the_table_stands(
 
 
 def test_a_number_that_the_run_does_not_have(probe: Path) -> None:
-    text = TABLE.replace('metric: fid, set: "", factor: 2', 'metric: kid, set: ""').replace(
+    text = TABLE.replace('metric: fid, set: "steps=0 num_samples=2", factor: 2', 'metric: kid, set: "steps=0"').replace(
         "metric: fid", "metric: psnr"
     )
     Path("conf/table/mine.yaml").write_text(text)

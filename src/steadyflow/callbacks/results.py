@@ -24,6 +24,7 @@ class SampleResults(L.Callback):
         nfe                network evaluations a sample, those of guidance counted
         seconds_per_image  processor (or card) seconds a sample: warm-up, writing and metrics left out
         parallel_iterations  sweeps a sample, of a sampler that works in parallel
+        parameters         of the checkpoint's network
 
     of the samples this start has made; a start that makes none keeps those of the earlier one.
 
@@ -63,6 +64,8 @@ class SampleResults(L.Callback):
             run, timing = run | {"count": int(made)}, run | {"count": int(timed)}
             own = {"nfe": rows / made, "seconds_per_image": seconds / timed if timed else None}
             own |= {"parallel_iterations": sweeps / made} if sweeps else {}
+            if parameters := sum(p.numel() for p in module.denoiser.parameters()):
+                own["parameters"] = parameters
             found.append(own | {"protocol": {k: timing if k == "seconds_per_image" else run for k in own}})
         elif file.exists():
             found.insert(0, json.loads(file.read_text()))
