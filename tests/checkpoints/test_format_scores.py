@@ -9,7 +9,6 @@ import pickle
 import sys
 import zlib
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -58,21 +57,6 @@ class Persistent:
 
     def __reduce__(self) -> tuple:
         return sys.modules["torch_utils.persistence"]._reconstruct_persistent_obj, (self.meta,)
-
-
-@pytest.fixture
-def persistence(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The module that EDM's pickles name, for writing them; reading one by pickle runs the source inside."""
-
-    def _reconstruct_persistent_obj(meta: dict[str, Any]) -> None:
-        exec(meta["module_src"], {})
-
-    module = ModuleType("torch_utils.persistence")
-    _reconstruct_persistent_obj.__module__ = module.__name__
-    _reconstruct_persistent_obj.__qualname__ = "_reconstruct_persistent_obj"
-    module._reconstruct_persistent_obj = _reconstruct_persistent_obj  # type: ignore[attr-defined]
-    monkeypatch.setitem(sys.modules, "torch_utils", ModuleType("torch_utils"))
-    monkeypatch.setitem(sys.modules, "torch_utils.persistence", module)
 
 
 def network_pickle(file: Path, known: dict[str, Any], state: dict[str, Tensor], source: str = "", **more: Any) -> None:

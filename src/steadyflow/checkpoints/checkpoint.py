@@ -13,7 +13,7 @@ from steadyflow.checkpoints.files import assembled, load_parts
 from steadyflow.checkpoints.formats import convert, format_names, looks_like
 from steadyflow.checkpoints.nodes import nearest
 from steadyflow.checkpoints.running import Running
-from steadyflow.checkpoints.weights import content_hash, sha256_of
+from steadyflow.data.images import content_of
 from steadyflow.denoisers import (
     Denoiser,
     Empirical,
@@ -138,7 +138,7 @@ def load(
         parts = load_parts(place, sha256, prefixes)
     else:
         made = convert(place, format, arguments or {})
-        found = sha256_of(place) if place.is_file() else content_hash(place)
+        found = content_of(place)
         if sha256 is not None and found != sha256:
             raise ValueError(f"{place} is truncated or edited: the caller expects sha256 {sha256}, found {found}")
         model = assembled(made.nodes, made.state, f"{place} as {format}", weights=str(place))

@@ -7,7 +7,8 @@ from collections.abc import Callable
 from http.client import HTTPException
 from pathlib import Path
 
-from steadyflow.checkpoints.weights import partner, sha256_of
+from steadyflow.data.image_writing import whole_file
+from steadyflow.data.images import sha256_of
 
 CHUNK = 1 << 20
 Progress = Callable[[int, int | None], None]  # bytes so far, bytes in all where the server says
@@ -96,7 +97,6 @@ def verify(file: Path, sha256: str | None, md5: str | None = None) -> str:
                 "again"
             )
     if recorded is None:
-        temporary = partner(record)
-        temporary.write_text(f"{found}  {file.name}\n")
-        temporary.replace(record)
+        with whole_file(record) as temporary:
+            temporary.write_text(f"{found}  {file.name}\n")
     return found

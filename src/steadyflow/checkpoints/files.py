@@ -21,7 +21,9 @@ from torch.overrides import TorchFunctionMode
 
 from steadyflow.checkpoints.formats import Converted
 from steadyflow.checkpoints.nodes import build, nearest
-from steadyflow.checkpoints.weights import partner, read_weights, sha256_of, write_weights
+from steadyflow.checkpoints.weights import read_weights, write_weights
+from steadyflow.data.image_writing import whole_file
+from steadyflow.data.images import sha256_of
 from steadyflow.denoisers import NetworkClassifier, NetworkDenoiser, NetworkNoise, VelocityNoise
 from steadyflow.diffusions import LinearDiffusion
 from steadyflow.paths import GaussianPath
@@ -258,12 +260,8 @@ def _describe(denoiser: Model) -> str:
 
 
 def _write(file: Path, text: str) -> None:
-    temporary = partner(file)
-    try:
+    with whole_file(file) as temporary:
         temporary.write_text(text)
-        temporary.replace(file)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def _render(front: str, card: Mapping[str, Any]) -> str:

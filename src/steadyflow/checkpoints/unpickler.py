@@ -124,10 +124,12 @@ class _Stream:
 
 
 def refusal(name: str) -> str:
+    """What is said of a pickle that names a global outside the list."""
     return f"refused: the pickle asks for {name}, which could run code; weights need no more than tensors and numbers"
 
 
 def record_class(name: str) -> type[Record]:
+    """A class of records of this name, for one unpickler alone."""
     return type("Record", (Record,), {"name": name})  # a class a file: nothing the file does to it outlives the file
 
 

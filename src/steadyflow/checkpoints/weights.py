@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
@@ -10,6 +9,8 @@ import safetensors
 import safetensors.torch
 import torch
 from torch import Tensor
+
+from steadyflow.data.image_writing import whole_file
 
 NAMES = {
     torch.float64: "F64",
@@ -23,19 +24,6 @@ NAMES = {
     torch.uint8: "U8",
     torch.bool: "BOOL",
 }
-
-
-def sha256_of(file: Path) -> str:
-    """The file's sha256."""
-    with file.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
-
-
-def content_hash(folder: Path) -> str:
-    """Of the names and contents of a folder's files."""
-    files = sorted(file for file in folder.rglob("*") if file.is_file())
-    lines = [f"{sha256_of(file)}  {file.relative_to(folder)}\n" for file in files]
-    return hashlib.sha256("".join(lines).encode()).hexdigest()
 
 
 def read_weights(file: Path) -> dict[str, Tensor]:
@@ -66,21 +54,12 @@ def write_weights(file: Path, state: Mapping[str, Tensor], dtype: torch.dtype | 
     Returns:
         sha256 of the file.
     """
-    digest, temporary = hashlib.sha256(), partner(file)
-    try:
-        with temporary.open("wb") as stream:
-            for part in _parts(state, dtype):
-                digest.update(part)
-                stream.write(part)
-        temporary.replace(file)
-    finally:
-        temporary.unlink(missing_ok=True)
+    digest = hashlib.sha256()
+    with whole_file(file) as temporary, temporary.open("wb") as stream:
+        for part in _parts(state, dtype):
+            digest.update(part)
+            stream.write(part)
     return digest.hexdigest()
-
-
-def partner(file: Path) -> Path:
-    """The temporary name of a file that is being written."""
-    return file.with_name(f".{file.name}.{os.getpid()}")
 
 
 def _parts(state: Mapping[str, Tensor], dtype: torch.dtype | None) -> Iterator[bytes | memoryview]:

@@ -42,6 +42,7 @@ class Toy2D(InMemoryPoints):
 
 
 def eight_gaussians(u: np.ndarray) -> np.ndarray:
+    """Eight Gaussians of standard deviation sqrt(1/8) on the circle of radius sqrt(8)."""
     angle = np.floor(8 * u[:, 0]) * (np.pi / 4)
     return np.sqrt(8) * _circle(angle) + np.sqrt(1 / 8) * normals(u[:, 1:3])
 
@@ -62,11 +63,13 @@ def checkerboard(u: np.ndarray) -> np.ndarray:
 
 
 def rings(u: np.ndarray) -> np.ndarray:
+    """Four circles of radius 0.75, 1.5, 2.25 and 3, of equal weight, with Gaussian noise of 0.08."""
     radius = 0.75 * (1 + np.floor(4 * u[:, 0]))
     return radius[:, None] * _circle(2 * np.pi * u[:, 1]) + 0.08 * normals(u[:, 2:4])
 
 
 def olympic_rings(u: np.ndarray) -> np.ndarray:
+    """Five interlaced circles of radius 1, three above two, whose radius has a standard deviation of 0.001."""
     centres = np.array([[-1.75, 0.75], [0.0, 0.75], [1.75, 0.75], [-1.05, -0.75], [1.05, -0.75]])
     radius = 1 + 0.001 * normals(u[:, 2])
     return centres[np.floor(5 * u[:, 0]).astype(int)] + radius[:, None] * _circle(2 * np.pi * u[:, 1])

@@ -1,8 +1,8 @@
 """A classifier of noisy samples, asked at any (alpha, sigma)."""
 
-import torch
 from torch import Tensor, nn
 
+from steadyflow.denoisers.network import call_whole
 from steadyflow.paths import GaussianPath, expand
 
 
@@ -29,8 +29,5 @@ class NetworkClassifier(nn.Module):
         t = self.path.time_at(sigma / alpha)
         own = self.path(t)
         x = x * expand((own[0] + own[1]) / (alpha + sigma), x)
-        dtype = next(self.network.parameters(), x).dtype
         time = (self.clock[0] * t + self.clock[1]).clamp(min=0)
-        time = time.to(x.device, torch.float64 if dtype == torch.float64 else torch.float32).expand(len(x))
-        out: Tensor = self.network(x.to(dtype), time, label)
-        return out.to(x.dtype)
+        return call_whole(self.network, x, time, label=label).to(x.dtype)

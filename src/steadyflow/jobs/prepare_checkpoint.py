@@ -18,6 +18,7 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from steadyflow.checkpoints import Checkpoint, Public
+from steadyflow.checkpoints.checkpoint import PACKAGE
 from steadyflow.checkpoints.download import download
 from steadyflow.checkpoints.files import CARD, CONFIG, WEIGHTS, save_converted
 from steadyflow.checkpoints.formats import convert
@@ -128,9 +129,7 @@ def export(node: DictConfig, directory: Path) -> None:
         source = Path(about["file"]).expanduser()
         source = source if (source / CONFIG).is_file() else source / "model"
     elif about["_target_"] == "steadyflow.checkpoints.embedded":
-        import steadyflow.checkpoints as package
-
-        source = Path(package.__file__).parent / about["name"]
+        source = PACKAGE / about["name"]
     else:
         raise ValueError(f"{about['_target_']} makes no checkpoint of weights: there is nothing to export")
     directory.mkdir(parents=True, exist_ok=True)

@@ -17,11 +17,11 @@ from steadyflow.callbacks.samples import SampleFiles
 from steadyflow.checkpoints import Checkpoint
 from steadyflow.data import from_uint8, open_images, save_grid, to_uint8
 from steadyflow.data.image_writing import pillow, whole_file
+from steadyflow.data.images import content_of
 from steadyflow.jobs import record
 from steadyflow.jobs.pictures import chosen_images, condition_labels
 from steadyflow.jobs.sample import make, sampler_on
 from steadyflow.metrics import Consistency
-from steadyflow.metrics.reference import content_of
 from steadyflow.modules.restoring import Measurements, Restoration
 from steadyflow.modules.sampling import Sampling
 from steadyflow.restorers import Restorer

@@ -1,12 +1,13 @@
 """What a feature extractor is: images in, feature vectors and class probabilities out; and its weights file."""
 
-import hashlib
 from abc import ABC, abstractmethod
 from pathlib import Path
 from typing import Self
 
 import torch
 from torch import Tensor, nn
+
+from steadyflow.data.images import sha256_of
 
 WEIGHTS = Path("~/.cache/steadyflow/weights")  # where weights files are looked for by default
 
@@ -57,12 +58,6 @@ class FeatureExtractor(nn.Module, ABC):
             raise ValueError(
                 f"{self.name} features need uint8 images (B, 1 or 3, H, W), got {images.dtype} {tuple(images.shape)}"
             )
-
-
-def sha256_of(path: Path) -> str:
-    """The sha256 of a file, hexadecimal."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def weights_file(path: Path, url: str, sha256: str, size: str) -> Path:

@@ -8,7 +8,8 @@ from cleanfid.inception_pytorch import FIDInceptionA, FIDInceptionC, FIDInceptio
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from steadyflow.metrics.extractor import WEIGHTS, FeatureExtractor, sha256_of, weights_file
+from steadyflow.data.images import sha256_of
+from steadyflow.metrics.extractor import WEIGHTS, FeatureExtractor, weights_file
 
 # file, url, sha256 (or its first digits), size
 TORCHSCRIPT = (

@@ -18,7 +18,8 @@ from torch import Tensor
 from steadyflow.checkpoints.pickles import read_state
 from steadyflow.data import open_images, to_uint8
 from steadyflow.data.image_writing import whole_file
-from steadyflow.metrics.extractor import FeatureExtractor, sha256_of
+from steadyflow.data.images import content_of
+from steadyflow.metrics.extractor import FeatureExtractor
 
 log = logging.getLogger(__name__)
 STATISTICS = Path("~/.cache/steadyflow/stats")  # where reference statistics are kept by default
@@ -239,16 +240,6 @@ def batches_of(data: ImageSet, batch_size: int) -> Iterator[Tensor]:
         else:
             items = range(start, min(start + batch_size, len(data)))
             yield to_uint8(torch.stack([data[i][0] for i in items]))
-
-
-def content_of(path: Path) -> str:
-    """sha256 of a file, or over the names and contents of the files of a folder."""
-    if path.is_file():
-        return sha256_of(path)
-    digest = hashlib.sha256()
-    for file in sorted(file for file in path.rglob("*") if file.is_file()):
-        digest.update(f"{file.relative_to(path).as_posix()} {sha256_of(file)}\n".encode())
-    return digest.hexdigest()
 
 
 @contextmanager

@@ -8,7 +8,8 @@ from safetensors.torch import load
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from steadyflow.metrics.extractor import FeatureExtractor, sha256_of
+from steadyflow.data.images import sha256_of
+from steadyflow.metrics.extractor import FeatureExtractor
 
 
 class ResNetCIFAR10(FeatureExtractor):

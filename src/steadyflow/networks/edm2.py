@@ -7,7 +7,8 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
-from torch.utils.checkpoint import checkpoint
+
+from steadyflow.networks.parts import check_images, level_resolutions, run
 
 HEAD_CHANNELS, CLIP = 64, 256.0
 RESIDUAL, ATTENTION = 0.3, 0.3  # the new branch's share in a sum
@@ -159,11 +160,9 @@ class EDM2UNet(nn.Module):
     ):
         super().__init__()
         self.in_channels, self.num_classes, self.divisor = in_channels, num_classes, 2 ** (len(channel_mult) - 1)
-        resolutions = [image_size // 2**level for level in range(len(channel_mult))]
         if image_size % self.divisor:
             raise ValueError(f"image_size {image_size} is not a multiple of {self.divisor}: {len(channel_mult)} levels")
-        if absent := sorted(set(attention_resolutions) - set(resolutions)):
-            raise ValueError(f"no level has the attention resolution {absent[0]}: the levels are at {resolutions}")
+        resolutions = level_resolutions(image_size, len(channel_mult), attention_resolutions)
         self.checkpoint_activations = checkpoint_activations
         widths = [mult * model_channels for mult in channel_mult]
         width = max(widths)
@@ -200,15 +199,15 @@ class EDM2UNet(nn.Module):
         self.head, self.gain = MPConv(channels, in_channels, 3), nn.Parameter(torch.zeros([]))
 
     def forward(self, x: Tensor, t: Tensor, label: Tensor | None = None) -> Tensor:
-        self._check(x, t)
+        check_images(x, t, "EDM2's U-Net", self.in_channels, self.divisor)
         c = silu(self._condition(t, label)).to(x.dtype)
         h = self.stem(torch.cat([x, torch.ones_like(x[:, :1])], dim=1))
         skips = [h]
         for block in self.down:
-            h = self._run(block, h, c)
+            h = run(block, h, c, self.checkpoint_activations)
             skips.append(h)
         for block, joins in zip(self.up, self.joins, strict=True):
-            h = self._run(block, join(h, skips.pop()) if joins else h, c)
+            h = run(block, join(h, skips.pop()) if joins else h, c, self.checkpoint_activations)
         return cast(Tensor, self.head(h, self.gain))
 
     def _condition(self, t: Tensor, label: Tensor | None) -> Tensor:
@@ -220,18 +219,3 @@ class EDM2UNet(nn.Module):
         rows = functional.pad(self.labels.normalized(), (0, 1)).T  # a product with sqrt(n) one-hot; the null label: 0
         label = torch.full_like(t, self.num_classes, dtype=torch.long) if label is None else label
         return mix(c, rows[label].to(c.dtype), 0.5)
-
-    def _run(self, block: nn.Module, h: Tensor, c: Tensor) -> Tensor:
-        if self.checkpoint_activations and torch.is_grad_enabled():
-            return cast(Tensor, checkpoint(block, h, c, use_reentrant=False))
-        return cast(Tensor, block(h, c))
-
-    def _check(self, x: Tensor, t: Tensor) -> None:
-        if x.ndim != 4 or x.shape[1] != self.in_channels:
-            raise ValueError(f"EDM2's U-Net takes images (B, {self.in_channels}, H, W), got shape {tuple(x.shape)}")
-        if x.shape[2] % self.divisor or x.shape[3] % self.divisor:
-            raise ValueError(
-                f"images of {x.shape[2]} x {x.shape[3]} do not divide by {self.divisor}, as the levels ask"
-            )
-        if t.shape != (len(x),):
-            raise ValueError(f"the network's time must have shape ({len(x)},), got {tuple(t.shape)}")

@@ -8,10 +8,10 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
-from torch.utils.checkpoint import checkpoint
 
 from steadyflow.networks.blocks import GroupNorm, SelfAttention, zero
 from steadyflow.networks.conditioning import Conditioning, FourierTime, SinusoidalTime
+from steadyflow.networks.parts import check_images, level_resolutions, run
 
 norm = partial(GroupNorm, eps=1e-6)
 
@@ -159,11 +159,9 @@ class NCSNpp(nn.Module):
     ):
         super().__init__()
         self.divisor = 2 ** (len(channel_mult) - 1)
-        resolutions = [image_size // 2**level for level in range(len(channel_mult))]
         if image_size % self.divisor:
             raise ValueError(f"image_size {image_size} is not a multiple of {self.divisor}: {len(channel_mult)} levels")
-        if absent := sorted(set(attention_resolutions) - set(resolutions)):
-            raise ValueError(f"no level has the attention resolution {absent[0]}: the levels are at {resolutions}")
+        resolutions = level_resolutions(image_size, len(channel_mult), attention_resolutions)
         if input_pyramid not in (None, "skip", "residual"):
             raise ValueError(f"input_pyramid must be null, skip or residual, got {input_pyramid}")
         if (input_pyramid or output_pyramid) and not fir:
@@ -215,7 +213,7 @@ class NCSNpp(nn.Module):
                 self.heads.append(Head(channels, out_channels))
 
     def forward(self, x: Tensor, t: Tensor, label: Tensor | None = None) -> Tensor:
-        self._check(x, t)
+        check_images(x, t, "NCSN++", self.in_channels, self.divisor)
         s = (self.time_scale * t + self.time_shift).clamp(min=self.time_min)
         c = functional.silu(self.conditioning(s.log() if self.log_time else s, label))
         h = self._down(x, c)
@@ -226,7 +224,7 @@ class NCSNpp(nn.Module):
         skips, image = [h], x
         for level, blocks in enumerate(self.down):
             for i, block in enumerate(cast(nn.ModuleList, blocks)):
-                h = self._run(block, h, c)
+                h = run(block, h, c, self.checkpoint_activations)
                 if level and i == 0 and self.input_pyramid is not None:
                     join = self.pyramid[level - 1]
                     if self.input_pyramid == "skip":
@@ -236,33 +234,19 @@ class NCSNpp(nn.Module):
                         image = h = (h + join(image)) * math.sqrt(0.5)
                 skips.append(h)
         for block in self.middle:
-            h = self._run(block, h, c)
+            h = run(block, h, c, self.checkpoint_activations)
         return self._up(h, skips, c)
 
     def _up(self, h: Tensor, skips: list[Tensor], c: Tensor) -> Tensor:
         out: Tensor | None = None
         for level, blocks in enumerate(self.up):
             for i, block in enumerate(cast(nn.ModuleList, blocks)):
-                h = self._run(block, h if level and i == 0 else torch.cat([h, skips.pop()], dim=1), c)
+                h = h if level and i == 0 else torch.cat([h, skips.pop()], dim=1)
+                h = run(block, h, c, self.checkpoint_activations)
             if len(self.heads) > 1:
                 own = self.heads[level](h)
                 out = own if out is None else resample(out, "up", self.fir) + own
         return cast(Tensor, self.heads[0](h)) if out is None else out
-
-    def _run(self, block: nn.Module, h: Tensor, c: Tensor) -> Tensor:
-        if self.checkpoint_activations and torch.is_grad_enabled():
-            return cast(Tensor, checkpoint(block, h, c, use_reentrant=False))
-        return cast(Tensor, block(h, c))
-
-    def _check(self, x: Tensor, t: Tensor) -> None:
-        if x.ndim != 4 or x.shape[1] != self.in_channels:
-            raise ValueError(f"NCSN++ takes images (B, {self.in_channels}, H, W), got shape {tuple(x.shape)}")
-        if x.shape[2] % self.divisor or x.shape[3] % self.divisor:
-            raise ValueError(
-                f"images of {x.shape[2]} x {x.shape[3]} do not divide by {self.divisor}, as the levels ask"
-            )
-        if t.shape != (len(x),):
-            raise ValueError(f"the network's time must have shape ({len(x)},), got {tuple(t.shape)}")
 
 
 class UnitRange(nn.Module):

@@ -6,10 +6,9 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
-from torch.utils.checkpoint import checkpoint
 
 from steadyflow.networks.conditioning import Conditioning, SinusoidalTime
-from steadyflow.networks.parts import Parts, level_resolutions
+from steadyflow.networks.parts import Parts, level_resolutions, run
 
 
 class AttentionPool(nn.Module):
@@ -96,10 +95,7 @@ class NoisyClassifier(nn.Module):
         c = functional.silu(self.conditioning(t))
         h = self.stem(x)
         for stage in (*self.down, *self.middle):
-            if self.checkpoint_activations and torch.is_grad_enabled():
-                h = checkpoint(stage, h, c, use_reentrant=False)
-            else:
-                h = stage(h, c)
+            h = run(stage, h, c, self.checkpoint_activations)
         logits = self.pool(functional.silu(self.norm(h)))
         if label is None:
             return cast(Tensor, logits)

@@ -1,9 +1,12 @@
-"""The way down of a U-Net, shared by the U-Net and the noisy classifier, and the options its blocks have in common."""
+"""What U-Nets share: the check of their input, recomputed activations, and of ADM's the way down."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import cast
 
+import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from steadyflow.networks.blocks import GroupNorm, Resample, ResBlock, SelfAttention
 
@@ -99,3 +102,24 @@ def level_resolutions(image_size: int, levels: int, attention_resolutions: Seque
     if absent := sorted(set(attention_resolutions) - set(resolutions)):
         raise ValueError(f"no level has the attention resolution {absent[0]}: the levels are at {resolutions}")
     return resolutions
+
+
+def run(block: nn.Module, h: Tensor, c: Tensor, recompute: bool) -> Tensor:
+    """block(h, c), whose activations the backward pass recomputes where it is asked to."""
+    if recompute and torch.is_grad_enabled():
+        return cast(Tensor, checkpoint(block, h, c, use_reentrant=False))
+    return cast(Tensor, block(h, c))
+
+
+def check_images(x: Tensor, t: Tensor, name: str, channels: int, divisor: int, why: str = "as its levels ask") -> None:
+    """That a network can take x (B, C, H, W) and t (B,).
+
+    Raises:
+        ValueError: other channels, a height or width that does not divide, a time of another shape.
+    """
+    if x.ndim != 4 or x.shape[1] != channels:
+        raise ValueError(f"{name} takes images (B, {channels}, H, W), got shape {tuple(x.shape)}")
+    if x.shape[2] % divisor or x.shape[3] % divisor:
+        raise ValueError(f"images of {x.shape[2]} x {x.shape[3]} do not divide by {divisor}, {why}")
+    if t.shape != (len(x),):
+        raise ValueError(f"the network's time must have shape ({len(x)},), got {tuple(t.shape)}")

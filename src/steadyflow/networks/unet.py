@@ -6,11 +6,10 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
-from torch.utils.checkpoint import checkpoint
 
 from steadyflow.networks.blocks import silu, zero
 from steadyflow.networks.conditioning import Conditioning, SinusoidalTime
-from steadyflow.networks.parts import Parts, level_resolutions
+from steadyflow.networks.parts import Parts, check_images, level_resolutions, run
 
 
 class UNet(nn.Module):
@@ -125,19 +124,19 @@ class UNet(nn.Module):
         self.mix = cast(nn.Linear, zero(nn.Linear(condition_dim, 2))) if input_skip else None
 
     def forward(self, x: Tensor, t: Tensor, label: Tensor | None = None) -> Tensor:
-        self._check(x, t)
+        check_images(x, t, "the U-Net", self.in_channels, self.divisor, f"which {self._why()}")
         c = functional.silu(self.conditioning(t, label))
         h = self.stem(x if self.patch_size == 1 else functional.pixel_unshuffle(x, self.patch_size))
         if self.wide and h.device.type == "cpu" and h.dtype == torch.float32 and not torch.is_grad_enabled():
             h = h.contiguous(memory_format=torch.channels_last)  # 5% faster there; narrow networks are slower
         skips = [h]
         for stage in self.down:
-            h = self._run(stage, h, c)
+            h = run(stage, h, c, self.checkpoint_activations)
             skips.append(h)
         for stage in self.middle:
-            h = self._run(stage, h, c)
+            h = run(stage, h, c, self.checkpoint_activations)
         for stage, joins in zip(self.up, self.joins, strict=True):
-            h = self._run(stage, torch.cat([h, skips.pop()], dim=1) if joins else h, c)
+            h = run(stage, torch.cat([h, skips.pop()], dim=1) if joins else h, c, self.checkpoint_activations)
         h = self.head(silu(self.norm(h)))
         h = h if self.patch_size == 1 else functional.pixel_shuffle(h, self.patch_size)
         return h if self.mix is None else self._mix(self.mix, h, x, c)
@@ -151,20 +150,6 @@ class UNet(nn.Module):
             return (
                 h + skip if h.shape[1] == x.shape[1] else torch.cat([h[:, : x.shape[1]] + skip, h[:, x.shape[1] :]], 1)
             )
-
-    def _run(self, stage: nn.Module, h: Tensor, c: Tensor) -> Tensor:
-        if self.checkpoint_activations and torch.is_grad_enabled():
-            return cast(Tensor, checkpoint(stage, h, c, use_reentrant=False))
-        return cast(Tensor, stage(h, c))
-
-    def _check(self, x: Tensor, t: Tensor) -> None:
-        if x.ndim != 4 or x.shape[1] != self.in_channels:
-            raise ValueError(f"the U-Net takes images (B, {self.in_channels}, H, W), got shape {tuple(x.shape)}")
-        if x.shape[2] % self.divisor or x.shape[3] % self.divisor:
-            size = f"{x.shape[2]} x {x.shape[3]}"
-            raise ValueError(f"images of {size} do not divide by {self.divisor}, which {self._why()}")
-        if t.shape != (len(x),):
-            raise ValueError(f"the network's time must have shape ({len(x)},), got {tuple(t.shape)}")
 
     def _why(self) -> str:
         return "the number of levels and the patch size ask for"

@@ -2,11 +2,10 @@
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from steadyflow.checkpoints.formats import Converted
-from steadyflow.checkpoints.formats.edm import DENOISER, NETWORK
-from steadyflow.checkpoints.formats.score_sde import network_state
+from steadyflow.checkpoints.formats.edm import DENOISER
+from steadyflow.checkpoints.formats.score_sde import network_node, network_state
 
 START = 1e-5  # the original's smallest time of training
 
@@ -41,21 +40,9 @@ def read(
     Raises:
         ValueError: a file of another kind, or weights that do not fit.
     """
-    network: dict[str, Any] = {
-        "_target_": f"{NETWORK}.NCSNpp",
-        "in_channels": 2 * channels,
-        "out_channels": channels,
-        "model_channels": model_channels,
-        "channel_mult": list(channel_mult),
-        "num_res_blocks": num_res_blocks,
-        "attention_resolutions": list(attention_resolutions),
-        "image_size": image_size,
-        "dropout": dropout,
-        "fourier": True,
-        "fir": True,
-        "input_pyramid": "residual",
-        "output_pyramid": False,
-    }
+    sizes = (2 * channels, model_channels, channel_mult, num_res_blocks, attention_resolutions, image_size, dropout)
+    network = network_node(*sizes, fourier=True, fir=True, input_pyramid="residual", output_pyramid=False)
+    network |= {"out_channels": channels}
     state, step = network_state(file, network, weights)
     network |= {"time_scale": 1.0, "time_min": START, "log_time": True}
     path = {"_target_": "steadyflow.diffusions.CLD", "beta": beta, "mass": 1 / m_inv}

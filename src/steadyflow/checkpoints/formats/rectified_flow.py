@@ -6,7 +6,7 @@ from typing import Any
 
 from steadyflow.checkpoints.formats import Converted
 from steadyflow.checkpoints.formats.edm import DENOISER, NETWORK, PATH, negated
-from steadyflow.checkpoints.formats.score_sde import network_state
+from steadyflow.checkpoints.formats.score_sde import network_node, network_state
 
 START = 1e-3  # the original's time at which sampling begins and training too
 
@@ -47,20 +47,8 @@ def read(
     Raises:
         ValueError: a file of another kind, or weights that do not fit.
     """
-    network: dict[str, Any] = {
-        "_target_": f"{NETWORK}.NCSNpp",
-        "in_channels": channels,
-        "model_channels": model_channels,
-        "channel_mult": list(channel_mult),
-        "num_res_blocks": num_res_blocks,
-        "attention_resolutions": list(attention_resolutions),
-        "image_size": image_size,
-        "dropout": dropout,
-        "fourier": fourier,
-        "fir": fir,
-        "input_pyramid": input_pyramid,
-        "output_pyramid": output_pyramid,
-    }
+    sizes = (channels, model_channels, channel_mult, num_res_blocks, attention_resolutions, image_size, dropout)
+    network = network_node(*sizes, fourier, fir, input_pyramid, output_pyramid)
     state, step = network_state(file, network, weights)
     state = negated(state)
     network |= {"time_scale": -999.0, "time_shift": 999.0, "time_min": 999.0 * START}

@@ -81,7 +81,34 @@ def read(
             betas = {"beta_start": beta_min / 1000, "beta_end": beta_max / 1000}
             path = {"_target_": f"{PATH}.DiscreteVariancePreserving"} | betas
             time = {"time_scale": 1000.0, "time_shift": -1.0, "time_min": 0.0}
-    network: dict[str, Any] = {
+    sizes = (channels, model_channels, channel_mult, num_res_blocks, attention_resolutions, image_size, dropout)
+    network = network_node(*sizes, fourier, fir, input_pyramid, output_pyramid)
+    state, step = network_state(file, network, weights)
+    if sde == "ve":
+        state = negated(state)
+    return Converted(
+        nodes={"network": network | time, "path": path, "denoiser": {"_target_": f"{DENOISER}.EpsDenoiser"}},
+        state=state,
+        shape=(channels, image_size, image_size),
+        card={"format": "score_sde", "sde": sde, "continuous": continuous, "weights": weights, "steps": step},
+    )
+
+
+def network_node(
+    channels: int,
+    model_channels: int,
+    channel_mult: Sequence[int],
+    num_res_blocks: int,
+    attention_resolutions: Sequence[int],
+    image_size: int,
+    dropout: float,
+    fourier: bool,
+    fir: bool,
+    input_pyramid: str | None,
+    output_pyramid: bool,
+) -> dict[str, Any]:
+    """The network, but for its own time: arguments of NCSNpp."""
+    return {
         "_target_": f"{NETWORK}.NCSNpp",
         "in_channels": channels,
         "model_channels": model_channels,
@@ -95,15 +122,6 @@ def read(
         "input_pyramid": input_pyramid,
         "output_pyramid": output_pyramid,
     }
-    state, step = network_state(file, network, weights)
-    if sde == "ve":
-        state = negated(state)
-    return Converted(
-        nodes={"network": network | time, "path": path, "denoiser": {"_target_": f"{DENOISER}.EpsDenoiser"}},
-        state=state,
-        shape=(channels, image_size, image_size),
-        card={"format": "score_sde", "sde": sde, "continuous": continuous, "weights": weights, "steps": step},
-    )
 
 
 def network_state(file: str | Path, network: Mapping[str, Any], weights: str) -> tuple[dict[str, Tensor], int | None]:
