@@ -171,12 +171,18 @@ class ConjugateIntegrator(Restorer):
         """The step's sum of functions of A^T A, each of a part: D, u, f, zeta, and the changes of the last two."""
         operator = measurement.operator
         if measurement.sigma_y > 0:
+            known: list[tuple[Tensor, Tensor]] = []  # singular values and their coefficients: once for all parts
+
+            def at(g: Tensor) -> Tensor:
+                for seen, found in known:
+                    if torch.equal(seen, g):
+                        return found
+                known.append((g, self.coefficients(k, (g / measurement.sigma_y) ** 2)))
+                return known[-1][1]
 
             def factor(j: int, v: Tensor) -> Tensor:
                 null, measured = self.table[k][j].tolist()
-                if null == measured:
-                    return null * v
-                return operator.spectral(v, lambda g: self.coefficients(k, (g / measurement.sigma_y) ** 2)[j])
+                return null * v if null == measured else operator.spectral(v, lambda g: at(g)[j])
 
             return sum((factor(j, v) for j, v in enumerate(parts)), torch.zeros_like(parts[0]))
         table = self.table[k].tolist()

@@ -11,8 +11,10 @@ WORKS = {
     "001": "Zhang 2023",  # Learning, Sampling and Inference with Stochastic Differential Equations, Georgia Tech
     "002": "Fast Samplers for Inverse Problems",  # in Iterative Refinement Models: C-PiGDM
 }
-KEYS = {"title", "source", "job", "set", "needs", "columns", "rows", "published", "notes", "scale", "seeds", "factor"}
-KEYS |= {"first"}
+KEYS = {
+    *("title", "source", "job", "set", "needs", "columns", "rows", "published", "notes", "scale", "seeds", "factor"),
+    "first",
+}
 
 
 @dataclass(frozen=True)
