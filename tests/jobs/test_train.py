@@ -107,7 +107,7 @@ def test_a_finished_run_is_left_as_it_is_and_another_config_is_refused_by_key(ru
 
 
 @pytest.mark.slow
-def test_a_run_killed_in_the_middle_of_an_epoch_ends_as_if_it_had_not_been(run, tmp_path):
+def test_a_run_killed_in_the_middle_of_an_epoch_ends_as_if_it_had_not_been(run, mistake, tmp_path):
     """SIGKILL, wherever it strikes; `resume=DIR` alone continues; the exported weights agree bit for bit."""
     overrides = ["max_steps=400", "save_every=10", "network.dropout=0.2", "accumulate=2"]
     assert run("straight", *overrides) == 0
@@ -119,6 +119,8 @@ def test_a_run_killed_in_the_middle_of_an_epoch_ends_as_if_it_had_not_been(run, 
         assert process.poll() is None, "it ended before it saved"
         assert time.monotonic() < deadline, "it never saved"
         time.sleep(0.01)
+    process.send_signal(signal.SIGSTOP)
+    assert "another process writes to" in mistake(*overrides, name="killed")
     process.send_signal(signal.SIGKILL)
     process.wait()
     step = torch.load(last, weights_only=True)["global_step"]

@@ -4,6 +4,7 @@
 the versions, git state, hardware and precision settings. It decides whether a later start continues the same run.
 """
 
+import fcntl
 import importlib.metadata
 import json
 import os
@@ -87,7 +88,8 @@ def claim(
         ignore: further keys (with what is below them) that may change between starts of the run, e.g. batch_size.
 
     Raises:
-        ValueError: the directory holds a run with another config, naming the keys that differ; or is not writable.
+        ValueError: the directory holds a run with another config, naming the keys that differ; another process writes
+            there now; or it is not writable.
     """
     facts: dict[str, Any] = {"composed": OmegaConf.to_container(cfg), "inputs": dict(inputs or {})}
     file, hydra = directory / "run.json", directory / ".hydra"
@@ -101,6 +103,7 @@ def claim(
     if is_first_process():
         try:
             directory.mkdir(parents=True, exist_ok=True)
+            _lock(directory)
             if not differing:
                 record["starts"].append(environment())
                 write_text(file, json.dumps(record, indent=2, default=str) + "\n")
@@ -117,6 +120,25 @@ def claim(
             f"continue that run as it was with resume={directory}"
         )
     return used
+
+
+_locked: int | None = None  # the file that locks the directory which this process claimed last
+
+
+def _lock(directory: Path) -> None:
+    """Keeps other processes from claiming the directory until this one claims another or ends, however it ends."""
+    global _locked
+    if _locked is not None:
+        os.close(_locked)
+    _locked = os.open(directory / ".lock", os.O_CREAT | os.O_WRONLY)
+    try:
+        fcntl.lockf(_locked, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except (BlockingIOError, PermissionError):
+        raise ValueError(
+            f"another process writes to {directory} now; wait until it has ended, or choose another hydra.run.dir"
+        ) from None
+    except OSError:
+        pass  # a file system without locks
 
 
 def is_first_process() -> bool:

@@ -74,6 +74,7 @@ def run(cfg: DictConfig) -> dict[str, Any]:
         logger=instantiate(cfg.logger) or False,
         plugins=[AtomicCheckpointIO()],
         max_steps=cfg.max_steps,
+        max_epochs=1,  # all steps are one pass through TrainingData
         accumulate_grad_batches=cfg.accumulate,
         gradient_clip_val=cfg.clip,
         log_every_n_steps=cfg.log_every,
