@@ -51,7 +51,7 @@ GRIDS: dict[str, tuple[str, list[str], list[str]]] = {  # checkpoint and sampler
         [f"{e} {i}" for e in settings("eta", 0, 1) for i in PINV[:2]],
     ),
     "OT-ODE": ("vp sampler=ot_ode", settings("weight", 1, 2, 4), settings("t0", 0.6, 0.7, 0.8, 0.9)),
-    "OT-ODE, flow": ("ot sampler=ot_ode", settings("weight", 1, 2, 4), settings("t0", 0.6, 0.7, 0.8, 0.9)),
+    "OT-ODE (flow)": ("ot sampler=ot_ode", settings("weight", 1, 2, 4), settings("t0", 0.6, 0.7, 0.8, 0.9)),
     "VP-ODE": ("vp sampler=vp_ode", settings("weight", 1, 2, 4), settings("t0", 0.3, 0.45, 0.6, 0.75)),
     "C-PiGDM": ("vp sampler=c_pigdm", settings("weight", 2, 5, 12, 30), settings("grid.start", 0.4, 0.6, 0.8)),
     "C-PiGFM": ("ot sampler=c_pigfm", settings("weight", 5, 20, 60, 180), settings("grid.start", 0.6, 0.8, 0.9)),
@@ -71,8 +71,8 @@ OWN = {"images": "32", "task": "", "method": "", "vp": "digits32", "ot": "digits
 def main() -> None:
     if len(sys.argv) < 2 or "=" in sys.argv[1]:
         sys.exit(__doc__)
-    file, words = Path(sys.argv[1]), dict(word.split("=", 1) for word in sys.argv[2:])
-    own = {key: words.pop(key, default) for key, default in OWN.items()}
+    file, more = Path(sys.argv[1]), dict(word.split("=", 1) for word in sys.argv[2:])
+    own = {key: more.pop(key, default) for key, default in OWN.items()}
     count, folder = int(own["images"]), own["checkpoints"]
     lpips = DigitsDistance()
     scores: dict[str, float] = json.loads(file.read_text()) if file.exists() else {}
@@ -81,14 +81,15 @@ def main() -> None:
         for task, of in TASKS.items():
             if own["task"] not in (task, ""):
                 continue
+            rows += [f"  {task}:", f'    set: "{of}"', "    rows:"]
             for method, (start, *lists) in GRIDS.items():
                 if own["method"] not in (method, ""):
                     continue
                 kind, *sampler = start.split()
                 name = own[kind]
                 at = f"checkpoint=path checkpoint.file={folder}/{name}" if folder else f"checkpoint={name}"
-                more = [f"{key}={value}" for key, value in words.items()]
-                cfg = compose("restore", [*more, *of.split(), *at.split(), *sampler, "task.sigma_y=0.05"])
+                given = [f"{key}={value}" for key, value in more.items()]
+                cfg = compose("restore", [*given, *of.split(), *at.split(), *sampler, "task.sigma_y=0.05"])
                 checkpoint = instantiate(cfg.checkpoint)
                 train = train or instantiate(cfg.dataset, split="train")
                 best = {}
@@ -105,15 +106,10 @@ def main() -> None:
                     best[steps] = min(found, key=lambda line: found[line])
                     told = f"{task:12} {method:13} {steps:3} {best[steps]:48}"
                     print(f"{told} {found[best[steps]]:.4f} .. {max(found.values()):.4f}", file=sys.stderr, flush=True)
-                for nfe in (5, 10, 20, 100):
-                    chosen = best.get(nfe) or next(iter(best.values()))
-                    fewer = " num_images=32" if nfe > 20 else ""
-                    line = f"{of} checkpoint={name} {' '.join(sampler)} sampler.steps={nfe} {chosen}{fewer}"
-                    needs = f", needs: [{name}]" if folder else ""
-                    rows.append(f'  "{task}, {method}, NFE {nfe}": {{set: "{line}"{needs}}}')
-            rows.append(
-                f'  "{task}, linear regression": {{set: "{of} checkpoint={name} sampler=linear_regression"{needs}}}'
-            )
+                words = f"{at} " * (kind == "ot") + " ".join(sampler)
+                few, many = best[min(best)], best[max(best)]
+                nfe = "*nfe" if few == many else f'{{<<: *nfe, NFE 100: {{set: "sampler.steps=100 {many}"}}}}'
+                rows.append(f'      {method}: {{set: "{words} {few}", rows: {nfe}}}')
     print("\n".join(rows))
 
 

@@ -12,10 +12,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 from PIL import Image
 
 import steadyflow.jobs
 from steadyflow import cli
+from steadyflow.tables.cells import read
 
 PROBE = """
 import json
@@ -293,7 +295,17 @@ def test_mistakes(probe: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert said.startswith("no option 'ddim_digit' in the group table. Did you mean ddim_digits")
     assert "Options" not in said  # 70 names
     for change, line in [
-        (("metric: fid", "metrik: fid"), "table mine, column FID: no metric"),
+        (('metric: fid, set: "num_samples=2"', 'set: "num_samples=2"'), "table mine, column FID: no metric"),
+        (("metric: fid", "metrik: fid"), "table mine, columns, FID: found metrik, expected the keys columns, factor,"),
+        (
+            ('two: {set: "steps=2"}', "two: steps=2"),
+            "table mine, rows, two: found 'steps=2', expected the keys needs, r",
+        ),
+        (
+            ('two: {set: "steps=2"}', "two: {rows: }"),
+            "table mine, rows of two: expected {LABEL: {set: key=value}, ...}",
+        ),
+        (('two: {set: "steps=2"}', 'two: {set: "steps=2", rows: {a: {}}}'), "table mine: the rows of `published` must"),
         (("[2.0, ", "["), "table mine, row two: 1 published values for 2 columns"),
         (("2.0", "about 2"), "published value 'about 2': expected a number, null"),
         (("steps=2", "steps"), "'steps' in 'steps' is no override"),
@@ -306,6 +318,46 @@ def test_mistakes(probe: Path, capsys: pytest.CaptureFixture[str]) -> None:
             assert rows()["two", "FID"]["note"] == "needs dance: not in this version"
         else:
             assert line in mistake(capsys, "table=mine")
+
+
+def test_groups_are_their_rows_written_out() -> None:
+    """A group's words, needs, factor and scale hold for its rows, whose own win; anchors and merges are YAML's."""
+    head = "title: A table\njob: probe\nscale: {mini: b=0}\n"
+    grouped = """
+columns:
+  noisy: {set: noise=1, factor: 2, columns: &scores {FID: {metric: fid}, KID: {metric: kid, factor: 3}}}
+  clean: {set: noise=0, columns: *scores}
+rows:
+  one:
+    set: task=one a=1
+    needs: one
+    scale: {mini: c=1}
+    rows: &steps
+      few: {set: steps=2, where: {noisy: d=1}}
+      many: {set: steps=9 a=2, needs: [nine], scale: {mini: steps=3}}
+  two: {set: task=two, rows: {<<: *steps, many: {set: steps=8}, "third, last": {}}}
+"""
+    flat = """
+columns:
+  "noisy, FID": {metric: fid, set: noise=1, factor: 2}
+  "noisy, KID": {metric: kid, set: noise=1, factor: 3}
+  "clean, FID": {metric: fid, set: noise=0}
+  "clean, KID": {metric: kid, set: noise=0, factor: 3}
+rows:
+  "one, few": {set: task=one a=1 steps=2, needs: one, scale: {mini: c=1}, where: {noisy: d=1}}
+  "one, many": {set: task=one a=2 steps=9, needs: [one, nine], scale: {mini: c=1 steps=3}}
+  "two, few": {set: task=two steps=2, where: {noisy: d=1}}
+  "two, many": {set: task=two steps=8}
+  "two, third, last": {set: task=two}
+"""
+    for scale in ("mini", "full"):
+        tables = [read("mine", yaml.safe_load(head + text), scale) for text in (grouped, flat)]
+        assert tables[0].cells == tables[1].cells
+        assert [c.overrides for c in tables[0].cells] == [c.overrides for c in tables[1].cells]
+    assert tables[0].rows["two, third, last"] == ("two", "third, last")
+    twice = grouped.replace('"third, last": {}', '"third, last": {}, third: {rows: {last: {}}}')
+    with pytest.raises(ValueError, match="table mine, rows of two, third: two, third, last is there twice"):
+        read("mine", yaml.safe_load(head + twice))
 
 
 def test_lists_all_tables(capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -15,6 +15,7 @@ KEYS = {
     *("title", "source", "job", "set", "needs", "columns", "rows", "published", "notes", "scale", "seeds", "factor"),
     "first",
 }
+PARTS = {"rows": {"set", "needs", "where", "scale"}, "columns": {"set", "needs", "metric", "factor"}}
 
 
 @dataclass(frozen=True)
@@ -62,9 +63,12 @@ class Cell:
 
 @dataclass(frozen=True)
 class Table:
-    """A table at one scale. `cells` holds the cells there are, row by row: they need not form a product.
+    """A table at one scale.
 
-    `first`: the runs that the cells are made from, by directory, each a command.
+    Attributes:
+        rows, columns: what each label is made of: those of the groups around it and its own.
+        cells: those there are, row by row; they need not form a product.
+        first: the runs that the cells are made from, by directory, each a command.
     """
 
     name: str
@@ -73,8 +77,8 @@ class Table:
     job: str
     scale: str
     seeds: tuple[int, ...]
-    rows: tuple[str, ...]
-    columns: tuple[str, ...]
+    rows: Mapping[str, tuple[str, ...]]
+    columns: Mapping[str, tuple[str, ...]]
     cells: tuple[Cell, ...]
     notes: str
     first: Mapping[str, str]
@@ -116,9 +120,19 @@ def read(name: str, config: Mapping[str, Any], scale: str | None = None) -> Tabl
         seeds: [0, 1, 2]                      of each cell, [0] without
         first: {outputs/net: "train +experiment=..."}     runs that the cells read, as commands without hydra.run.dir
 
+    A row (a column) that holds `rows` (`columns`) is a group of them. What it says holds for all of them, and their
+    labels begin with its own, as in `published`; groups of the same rows share them by YAML's anchors:
+
+        rows:
+          SR x8:
+            set: task=sr8
+            rows:
+              PiGDM: {set: "sampler=pigdm sampler.eta=1", rows: &nfe {NFE 5: {set: sampler.steps=5}, ...}}
+              DDNM: {set: sampler=ddnm, rows: *nfe}                 "SR x8, PiGDM, NFE 5", ..., "SR x8, DDNM, NFE 5"
+
     `set` holds overrides as on a command line, `where` those of a row in the columns whose label begins so. Where
-    several name one key, the scale's wins over the row's, that over the column's, and that over the table's; a need
-    that is only the value of an override that lost is none.
+    several name one key, the scale's wins over the row's, that over the column's, and that over the table's, and a
+    row's over that of its group; a need that is only the value of an override that lost is none.
 
     Args:
         name: the config's.
@@ -127,8 +141,9 @@ def read(name: str, config: Mapping[str, Any], scale: str | None = None) -> Tabl
             one, else full.
 
     Raises:
-        ValueError: a key that a table does not have, a missing one, another number of published values than columns,
-            a `where` without such a column, or a scale that the table does not have.
+        ValueError: a key that a table, a row or a column does not have, a missing one, two rows of one label, another
+            number of published values than columns, a `where` without such a column, or a scale that the table does
+            not have.
     """
     wrong = sorted(set(config) - KEYS) + [
         f"no {key}" for key in ("title", "job", "columns", "rows") if key not in config
@@ -139,40 +154,42 @@ def read(name: str, config: Mapping[str, Any], scale: str | None = None) -> Tabl
     chosen = scale or ("mini" if "mini" in scales else "full")
     if chosen not in scales:
         raise ValueError(f"table {name} has no scale {chosen!r}; it has {', '.join(scales)}")
-    rows, columns = dict(config["rows"]), dict(config["columns"])
-    for column, c in columns.items():
+    rows, columns = ungrouped(name, "rows", config["rows"]), ungrouped(name, "columns", config["columns"])
+    for column, (_, c) in columns.items():
         if "metric" not in c:
             raise ValueError(
                 f"table {name}, column {column}: no metric; a column is {{metric: fid, set: sampler=ddim}}"
             )
-    values = config.get("published") or {row: [None] * len(columns) for row in rows}
+    values = {
+        str(row): of for row, of in (config.get("published") or dict.fromkeys(rows, [None] * len(columns))).items()
+    }
     if list(values) != list(rows):
         raise ValueError(f"table {name}: the rows of `published` must be those of `rows`, in their order")
     further = scales[chosen] if isinstance(scales[chosen], Mapping) else {"set": scales[chosen]}
     common = overrides(str(further.get("set") or ""))
     cells = []
-    for row, r in rows.items():
-        extra = common | overrides(str((r.get("scale") or {}).get(chosen) or ""))
-        if nowhere := [k for k in r.get("where") or {} if not any(str(c).startswith(k) for c in columns)]:
+    for row, (_, r) in rows.items():
+        extra = common | overrides(r["scale"].get(chosen, ""))
+        if nowhere := [k for k in r["where"] if not any(column.startswith(k) for column in columns)]:
             raise ValueError(f"table {name}, row {row}: no column begins with {nowhere[0]!r}")
         if len(values[row]) != len(columns):
             raise ValueError(f"table {name}, row {row}: {len(values[row])} published values for {len(columns)} columns")
-        for (column, c), value in zip(columns.items(), values[row], strict=True):
+        for (column, (_, c)), value in zip(columns.items(), values[row], strict=True):
             if value == "none":
                 continue
             own = (
                 overrides(str(config.get("set") or ""))
-                | overrides(str(c.get("set") or ""))
-                | overrides(str(r.get("set") or ""))
-                | overrides(" ".join(v for k, v in (r.get("where") or {}).items() if str(column).startswith(k)))
+                | overrides(c["set"])
+                | overrides(r["set"])
+                | overrides(" ".join(words for k, words in r["where"].items() if column.startswith(k)))
             )
-            needs = dict.fromkeys([*_names(config), *_names(r), *_names(c)])
+            needs = dict.fromkeys([*_names(config), *r["needs"], *c["needs"]])
             for key, lost in own.items():
                 if key in extra and extra[key] != lost:
                     needs.pop(lost, None)
             needs |= dict.fromkeys(_names(further))
             factor = float(c.get("factor") or config.get("factor") or 1)
-            cells.append(Cell(str(row), str(column), own | extra, c["metric"], factor, tuple(needs), published(value)))
+            cells.append(Cell(row, column, own | extra, c["metric"], factor, tuple(needs), published(value)))
     return Table(
         name,
         str(config["title"]),
@@ -180,12 +197,50 @@ def read(name: str, config: Mapping[str, Any], scale: str | None = None) -> Tabl
         str(config["job"]),
         chosen,
         tuple(config.get("seeds") or [0]),
-        tuple(map(str, rows)),
-        tuple(map(str, columns)),
+        {row: labels for row, (labels, _) in rows.items()},
+        {column: labels for column, (labels, _) in columns.items()},
         tuple(cells),
         str(config.get("notes") or "").strip(),
         {str(directory): str(command) for directory, command in (config.get("first") or {}).items()},
     )
+
+
+def ungrouped(name: str, kind: str, content: Any) -> dict[str, tuple[tuple[str, ...], dict[str, Any]]]:
+    """The rows (columns) of a table by label, in order: the labels it is made of, and what it says after its groups.
+
+    Raises:
+        ValueError: what is no row (column) and no group of them; two of one label.
+    """
+    found: dict[str, tuple[tuple[str, ...], dict[str, Any]]] = {}
+
+    def take(parts: Any, above: tuple[str, ...], outer: Mapping[str, Any]) -> None:
+        place = f"table {name}, {kind} of {', '.join(above)}" if above else f"table {name}, {kind}"
+        if not isinstance(parts, Mapping) or not parts:
+            raise ValueError(f"{place}: expected {{LABEL: {{set: key=value}}, ...}}, found {parts!r}")
+        for own, part in parts.items():
+            if wrong := sorted(set(part) - PARTS[kind] - {kind}) if isinstance(part, Mapping) else [repr(part)]:
+                keys = ", ".join(sorted(PARTS[kind] | {kind}))
+                raise ValueError(f"{place}, {own}: found {', '.join(wrong)}, expected the keys {keys}")
+            labels, whole = (*above, str(own)), _within(outer, part)
+            if kind in part:
+                take(whole.pop(kind), labels, whole)
+            elif (label := ", ".join(labels)) in found:
+                raise ValueError(f"{place}: {label} is there twice")
+            else:
+                found[label] = (labels, whole)
+
+    take(content, (), {})
+    return found
+
+
+def _within(outer: Mapping[str, Any], part: Mapping[str, Any]) -> dict[str, Any]:
+    """What a row or column says together with its group: the words of both, of the rest its own."""
+    whole = {**outer, **part, "needs": [*_names(outer), *_names(part)]}
+    whole["set"] = " ".join(str(of["set"]) for of in (outer, part) if of.get("set"))
+    for key in ("where", "scale"):
+        both = [of.get(key) or {} for of in (outer, part)]
+        whole[key] = {k: " ".join(str(of[k]) for of in both if of.get(k)) for k in {**both[0], **both[1]}}
+    return whole
 
 
 def overrides(text: str) -> dict[str, str]:
