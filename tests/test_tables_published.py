@@ -27,6 +27,7 @@ MADE = {
     "sample": {"nfe", "seconds_per_image", "parameters"},
     "restore": {"nfe", "seconds_per_image", "consistency"},
     "invert": {"loss", "minutes_per_image", "epochs", "nfe", "psnr"},
+    "evaluate": {"nll"},
 }
 # public checkpoints and datasets, each of which composes by itself in test_configs.py
 PUBLIC = "|".join(f.stem for f in (CONFIGS / "checkpoint").glob("*.yaml") if "checkpoints.public" in f.read_text())

@@ -74,6 +74,30 @@ def test_max_batch_is_what_the_network_sees(file: Path) -> None:
     assert rows == [2, 2, 1, 0]
 
 
+@pytest.mark.parametrize("holds", [0, 2])
+def test_an_automatic_batch_is_halved_until_it_fits_and_remembered(holds: int, file: Path) -> None:
+    rows: list[int] = []
+
+    def full(_: nn.Module, args: tuple[Tensor, ...]) -> None:
+        rows.append(len(args[0]))
+        if rows[-1] > holds:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+
+    model, half = load(file, running=Running(max_batch="auto")).denoiser, torch.tensor(0.5, dtype=torch.float64)
+    x = torch.randn(5, 1, 8, 8)
+    expected = model(x, half, half)
+    model.network.register_forward_pre_hook(full)
+    if holds:
+        assert torch.allclose(model(x, half, half), expected, atol=1e-4)
+        assert torch.allclose(model(x[:1], half, half), expected[:1], atol=1e-4)
+        assert torch.allclose(model(x, half, half), expected, atol=1e-4)
+        assert rows == [5, 3, 2, 2, 1, 1, 2, 2, 1]
+    else:
+        with pytest.raises(torch.OutOfMemoryError):
+            model(x, half, half)
+        assert rows == [5, 3, 2, 1]
+
+
 def test_compile_is_asked_for_once(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     compiled: list[nn.Module] = []
     monkeypatch.setattr(nn.Module, "compile", lambda network: compiled.append(network))
@@ -82,9 +106,11 @@ def test_compile_is_asked_for_once(file: Path, monkeypatch: pytest.MonkeyPatch) 
 
 
 def test_what_cannot_be_is_refused() -> None:
-    for wrong, message in (({"precision": "fp8"}, "precision must be fp32, bf16"), ({"max_batch": 0}, "at least 1")):
-        with pytest.raises(ValueError, match=message):
-            Running(**wrong)  # type: ignore[arg-type]
+    batch = "max_batch must be at least 1, auto or null"
+    known = {"precision": "precision must be fp32, bf16", "max_batch": batch}
+    for key, value in (("precision", "fp8"), ("max_batch", 0), ("max_batch", "all")):
+        with pytest.raises(ValueError, match=known[key]):
+            Running(**{key: value})  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="MLP cannot recompute activations"):
         Running(checkpoint_activations=True)(MLP(2, 8))
 

@@ -20,23 +20,25 @@ class Running:
         compile: by torch.compile, at the first call.
         checkpoint_activations: recompute activations in the backward pass: for guidance that differentiates a large
             network.
-        max_batch: rows that the network takes at a time, so that a large batch of a sampler fits; None: all.
+        max_batch: rows that the network takes at a time, so that a large batch of a sampler fits; None: all; "auto":
+            all, and half as many whenever a GPU's memory does not suffice. Under guidance that differentiates the
+            network the activations of all rows are kept: that takes checkpoint_activations, or a smaller batch.
 
     Raises:
-        ValueError: another precision, max_batch < 1; in the call, a network that cannot recompute activations.
+        ValueError: another precision, another max_batch; in the call, a network that cannot recompute activations.
     """
 
     precision: str | None = None
     channels_last: bool = False
     compile: bool = False
     checkpoint_activations: bool = False
-    max_batch: int | None = None
+    max_batch: int | str | None = None
 
     def __post_init__(self) -> None:
         if self.precision is not None and self.precision not in PRECISIONS:
             raise ValueError(f"precision must be {', '.join(PRECISIONS)} or null, got {self.precision!r}")
-        if self.max_batch is not None and self.max_batch < 1:
-            raise ValueError(f"max_batch must be at least 1 or null, got {self.max_batch}")
+        if not (self.max_batch in (None, "auto") or (isinstance(self.max_batch, int) and self.max_batch >= 1)):
+            raise ValueError(f"max_batch must be at least 1, auto or null, got {self.max_batch}")
 
     def __call__(self, network: nn.Module) -> None:
         """Sets a network up, in place."""

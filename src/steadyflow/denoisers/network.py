@@ -203,12 +203,25 @@ def call(network: nn.Module, x: Tensor, t: Tensor, **condition: Tensor) -> Tenso
 def call_whole(network: nn.Module, x: Tensor, t: Tensor, **condition: Tensor) -> Tensor:
     """All the channels that the network gives.
 
-    A network with an attribute `max_batch` gets no more rows than that at a time.
+    A network with an attribute `max_batch` gets no more rows than that at a time. Where that is "auto" it gets all, and
+    half of them whenever the device's memory does not suffice; the number that did is remembered as `fitting_batch`.
+
+    Raises:
+        torch.OutOfMemoryError: not even one row fits, or `max_batch` is a number or None.
     """
     parameter = next(network.parameters(), x)
     time = t.to(x.device, torch.float64 if parameter.dtype == torch.float64 else torch.float32).expand(len(x))
-    rows = getattr(network, "max_batch", None) or max(len(x), 1)
-    parts = [slice(start, start + rows) for start in range(0, max(len(x), 1), rows)]
-    whole = x.to(parameter.dtype)
-    outs: list[Tensor] = [network(whole[p], time[p], **{k: v[p] for k, v in condition.items()}) for p in parts]
-    return outs[0] if len(outs) == 1 else torch.cat(outs)
+    whole, most = x.to(parameter.dtype), max(len(x), 1)
+    limit = getattr(network, "max_batch", None)
+    auto = limit == "auto"
+    rows = min(most, (getattr(network, "fitting_batch", None) if auto else limit) or most)
+    while True:
+        try:
+            parts = [slice(start, start + rows) for start in range(0, most, rows)]
+            outs: list[Tensor] = [network(whole[p], time[p], **{k: v[p] for k, v in condition.items()}) for p in parts]
+            return outs[0] if len(outs) == 1 else torch.cat(outs)
+        except torch.OutOfMemoryError:
+            if not auto or rows == 1:
+                raise
+        rows = network.fitting_batch = -(-rows // 2)  # type: ignore[assignment]
+        torch.cuda.empty_cache()  # outside the handler, whose traceback holds what the failed call had made

@@ -82,7 +82,7 @@ class GET(nn.Module):
                 f"{patch_size}, {width}, {head_channels}"
             )
         self.shape, self.patch_size, self.num_classes = (in_channels, image_size, image_size), patch_size, num_classes
-        self.null_label = False
+        self.null_label = num_classes == 0  # whether it runs without a class
         heads, pixels = width // head_channels, in_channels * patch_size**2
         self.stem = nn.Conv2d(in_channels, width, patch_size, stride=patch_size)
         self.register_buffer("positions", sinusoids(image_size // patch_size, width).to(self.stem.weight.dtype))
