@@ -68,7 +68,7 @@ def edm_network(folder: Path, double: bool, row: dict[str, Any]) -> tuple[nn.Mod
     name = "training.networks" + ("_edm2" if row["format"] == "edm2" else "")
     module = imported(folder, name, double)
     kind = row.get("preconditioning", "Precond")
-    net = getattr(module, kind)(img_channels=3, **{"label_dim": 0} | row["network"]).eval()
+    net = getattr(module, kind)(**{"img_channels": 3, "label_dim": 0} | row["network"]).eval()
 
     def denoise(x: Tensor, alpha: Tensor, sigma: Tensor, t: float, label: Tensor | None) -> Tensor:
         one_hot = None if label is None else nn.functional.one_hot(label, net.label_dim)

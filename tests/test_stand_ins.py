@@ -1,6 +1,6 @@
 """Tables of public checkpoints, one batch end to end: each architecture at a low resolution, with random weights.
 
-One cell a format and job; STAND_INS=all in the environment: of every table, a cell of each of its public checkpoints.
+One cell a format and job (of likelihoods one in all); STAND_INS=all in the environment: of every table, a cell of each of its public checkpoints.
 """
 
 import json
@@ -87,7 +87,8 @@ def cells() -> Iterator[tuple[Table, Cell]]:
             if name not in PUBLIC:
                 continue
             found = obstacle(cell, table.job, options, Path("/nowhere"))
-            key = (table.name, name) if os.environ.get("STAND_INS") == "all" else (PUBLIC[name]["format"], table.job)
+            format = "any" if table.job == "evaluate" else PUBLIC[name]["format"]
+            key = (table.name, name) if os.environ.get("STAND_INS") == "all" else (format, table.job)
             if (found is None or found.state == "missing") and key not in seen:
                 seen.add(key)
                 yield table, cell
