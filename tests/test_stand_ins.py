@@ -1,6 +1,7 @@
 """Tables of public checkpoints, one batch end to end: each architecture at a low resolution, with random weights.
 
-One cell a format and job (of likelihoods one in all); STAND_INS=all in the environment: of every table, a cell of each of its public checkpoints.
+One cell a format and job (of likelihoods one in all); STAND_INS=all in the environment: of every table, a cell of each
+of its public checkpoints.
 """
 
 import json
