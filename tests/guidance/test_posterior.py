@@ -46,13 +46,13 @@ LEVELS = [
 ]
 
 
-@pytest.mark.parametrize("sigma_y", [0.0, 0.3])
+@pytest.mark.parametrize(("sigma_y", "name", "k"), [(0.0, "vp", 1), (0.3, "vp", 1), (0.0, "ve", 2), (0.3, "ve", 2)])
 def test_pigdm_adds_the_gradient_of_the_gaussian_log_likelihood(
-    measured: Callable[..., Measurement], sigma_y: float
+    measured: Callable[..., Measurement], sigma_y: float, name: str, k: int
 ) -> None:
     given, network, x = measured(sigma_y), Wavy(), _random(5, *SHAPE, seed=3)
     (alpha, sigma), matrix = LEVELS, given.operator.matrix  # type: ignore[attr-defined]
-    r2 = sigma**2 / (alpha**2 + sigma**2)
+    r2 = sigma**2 / (alpha**2 + k * sigma**2)
     covariance = r2.reshape(-1, 1, 1) * (matrix @ matrix.mT) + sigma_y**2 * torch.eye(4, dtype=torch.float64)
     x.requires_grad_()
     x0 = network(x, alpha, sigma)
@@ -66,7 +66,7 @@ def test_pigdm_adds_the_gradient_of_the_gaussian_log_likelihood(
         "vp_ode": (alpha / (alpha**2 + sigma**2)).sqrt(),
     }
     for gamma, factor in factors.items():
-        found = PiGDM(network, given, weight=0.7, gamma=gamma)(x, alpha, sigma)
+        found = PiGDM(network, given, weight=0.7, gamma=gamma, r2=name)(x, alpha, sigma)
         change = (0.7 * factor * sigma**2 / alpha).reshape(-1, 1, 1, 1) * gradient
         torch.testing.assert_close(found, x0.detach() + change, rtol=1e-10, atol=1e-10)
 
@@ -183,6 +183,8 @@ def test_bad_input_is_said_in_one_line(measured: Callable[..., Measurement]) -> 
         NRSD(Wavy(), given)
     with pytest.raises(ValueError, match="gamma is one of constant, adaptive, conjugate, vp_ode"):
         PiGDM(Wavy(), given, gamma="linear")
+    with pytest.raises(ValueError, match="r2 is one of vp, ve, got 'VE'"):
+        PiGDM(Wavy(), given, r2="VE")
     with pytest.raises(ValueError, match="must be positive, got inf"):
         PiGDM(Wavy(), given, weight=float("inf"))
     with pytest.raises(ValueError, match="must be positive, got -1"):

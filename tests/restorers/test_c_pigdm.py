@@ -172,20 +172,22 @@ def test_steps_converge_at_first_order_to_the_guided_flow(
     torch.testing.assert_close(limit, goal, rtol=0, atol=1e-5)
 
 
+@pytest.mark.parametrize("heun", [False, True])
 @pytest.mark.parametrize(("sigma_y", "power"), [(0.0, 2.0), (0.2, 1.0)])
 @pytest.mark.parametrize("make", [partial(CPiGDM, VP, weight=4.0), partial(CPiGFM, OT, weight=20.0)])
 def test_of_order_two_steps_converge_at_second_order_on_any_grid(
-    dense: type, make: Callable[..., CPiGDM], sigma_y: float, power: float
+    dense: type, make: Callable[..., CPiGDM], sigma_y: float, power: float, heun: bool
 ) -> None:
     matrix = torch.tensor([[1.0, 0.3, 0, 0.2], [0, 0.4, -0.2, 0.1]], dtype=torch.float64)  # two singular values
     given = Measurement(Y, dense(matrix, SHAPE), sigma_y)
-    times = [0.1 + 0.5 * torch.linspace(1, 0, n + 1, dtype=torch.float64) ** power for n in (16, 32, 128)]
+    n = 32 if heun else 16
+    times = [0.1 + 0.5 * torch.linspace(1, 0, k + 1, dtype=torch.float64) ** power for k in (n, 2 * n, 8 * n)]
     frozen = make(grid=times[0])
     guide = partial(PiGDM, weight=frozen.weight, gamma="conjugate")
     goal = GuidedSampler(Heun(frozen.path, times[2]), guide)(PRIOR, given, fixed(Z))
     counted = CountedDenoiser(PRIOR)
-    errors = [(make(grid=grid, order=2)(counted, given, fixed(Z)) - goal).norm() for grid in times[:2]]
-    assert counted.rows == 16 + 32  # as many as of order 1
+    errors = [(make(grid=grid, order=2, heun=heun)(counted, given, fixed(Z)) - goal).norm() for grid in times[:2]]
+    assert counted.rows == 3 * n * (1 + heun)  # else as many as of order 1
     assert 3.4 < errors[0] / errors[1] < 4.7
     assert errors[0] < 0.4 * (frozen(PRIOR, given, fixed(Z)) - goal).norm()
 
@@ -289,5 +291,7 @@ def test_bad_input_is_said_in_one_line() -> None:
         CPiGFM(OT, Uniform(start=1.0), 6)
     with pytest.raises(ValueError, match=r"the order is 1, or 2 with lambda = 0; got 2 with lambda = 0\.5"):
         CPiGDM(VP, Uniform(start=0.6), 6, lam=0.5, order=2)
+    with pytest.raises(ValueError, match="Heun's step is of order 2, got heun=true with order=1"):
+        CPiGDM(VP, Uniform(start=0.6), 6, heun=True)
     with pytest.raises(ValueError, match="frozen is velocity or noise, got 'x'"):
         CPiGFM(OT, Uniform(start=0.8), 6, frozen="x")

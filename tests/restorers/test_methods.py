@@ -68,16 +68,16 @@ def fixed(z: Tensor) -> NoiseSource:
     return lambda step: z  # type: ignore[return-value]
 
 
-@pytest.mark.parametrize("sigma_y", [0.0, 0.3])
+@pytest.mark.parametrize(("sigma_y", "name"), [(0.0, "vp"), (0.3, "vp"), (0.3, "ve")])
 def test_a_pigdm_step_is_ddim_and_a_gradient_that_does_not_go_past_what_it_wants(
-    measured: Callable[..., Measurement], sigma_y: float
+    measured: Callable[..., Measurement], sigma_y: float, name: str
 ) -> None:
     given, network, z, eta, weight = measured(sigma_y), Wavy(), _random(3, *SHAPE, seed=3), 0.6, 0.5
-    found = PiGDM(VP, [0.7, 0.4], weight=weight, eta=eta, init="pinv")(network, given, fixed(z))
+    found = PiGDM(VP, [0.7, 0.4], weight=weight, eta=eta, init="pinv", r2=name)(network, given, fixed(z))
     (alpha, sigma), (alpha_s, sigma_s) = VP(0.7), VP(0.4)
     x = (alpha * given.operator.pinv(given.y) + sigma * z).requires_grad_()
     x0, matrix = network(x, alpha, sigma), given.operator.matrix  # type: ignore[attr-defined]
-    r2 = sigma**2  # of a variance-preserving path
+    r2 = sigma**2 if name == "vp" else (1 - alpha**2) / (2 - alpha**2)  # of a variance-preserving path
     law = torch.distributions.MultivariateNormal(
         given.operator(x0), r2 * matrix @ matrix.mT + sigma_y**2 * torch.eye(4, dtype=torch.float64)
     )
@@ -86,7 +86,7 @@ def test_a_pigdm_step_is_ddim_and_a_gradient_that_does_not_go_past_what_it_wants
     eps = (x - alpha * x0) / sigma
     ddim = alpha_s * x0 + (sigma_s**2 - std**2).sqrt() * eps + std * z
     torch.testing.assert_close(found, (ddim + weight * alpha * r2 * score).detach(), rtol=1e-9, atol=1e-9)
-    limited = PiGDM(VP, [0.7, 0.4], weight=1e9, eta=eta, init="pinv")(network, given, fixed(z)) - ddim
+    limited = PiGDM(VP, [0.7, 0.4], weight=1e9, eta=eta, init="pinv", r2=name)(network, given, fixed(z)) - ddim
     past = torch.autograd.functional.jvp(lambda x: network(x, alpha, sigma), x.detach(), limited.detach())[1]
     wanted = given.correction(x0.detach(), r2)
     share = (past * wanted).flatten(1).sum(1) / wanted.flatten(1).square().sum(1)  # of the way to it, along it

@@ -3,7 +3,7 @@
 from torch import Tensor
 
 from steadyflow.denoisers import Denoiser
-from steadyflow.restorers.restorer import Measurement
+from steadyflow.restorers.restorer import Measurement, posterior_variance
 
 
 class DDNM(Denoiser):
@@ -25,4 +25,4 @@ class DDNM(Denoiser):
 
     def forward(self, x: Tensor, alpha: Tensor, sigma: Tensor, y: Tensor | None = None, **condition: Tensor) -> Tensor:
         x0 = self.denoiser(x, alpha, sigma, **condition)
-        return x0 + self.measurement.correction(x0, sigma**2 / (alpha**2 + sigma**2), y)
+        return x0 + self.measurement.correction(x0, posterior_variance(alpha, sigma), y)

@@ -11,7 +11,7 @@ from steadyflow.grids import Grid
 from steadyflow.noise import NoiseSource
 from steadyflow.paths import GaussianPath, combine
 from steadyflow.quadrature import gauss_legendre
-from steadyflow.restorers.restorer import Measurement, Restorer
+from steadyflow.restorers.restorer import Measurement, Restorer, posterior_variance
 from steadyflow.restorers.start import starting_state
 from steadyflow.samplers.sampler import Progress, check_finite, time_grid
 
@@ -44,6 +44,9 @@ class ConjugateIntegrator(Restorer):
 
         (n' g_s - int_s^t n (m' / m) exp(-int_s^tau c_i) |dg|) (f - f_r) - (int_s^t c n m' exp(...) g) (zeta - zeta_r)
 
+    or, Heun's for two calls a step, on the line to where that of order 1 ends, r = s. A step to t = 0, where f is not
+    defined, stays of order 1.
+
     Source: Pandey et al. 2024 (fast samplers for inverse problems), Section 3, its transform applied step by step;
     of order 1.
 
@@ -54,10 +57,11 @@ class ConjugateIntegrator(Restorer):
         init: the start, see `starting_state`.
         denoise_last: a last step to t = 0 is D alone, without guidance (and without a vector-Jacobian product).
         order: 1 or 2, which halves the error where there are steps enough to continue on; lambda must be 0.
+        heun: of order 2 by a second evaluation a step, instead of the step before.
 
     Raises:
         ValueError: a path of another family, a start where alpha = 0, w <= 0, or w so large that a step's
-            coefficients overflow; another order, or order 2 with lambda.
+            coefficients overflow; another order, order 2 with lambda, or Heun's step of order 1.
     """
 
     form: str  # in errors
@@ -73,6 +77,7 @@ class ConjugateIntegrator(Restorer):
         init: str,
         denoise_last: bool,
         order: int,
+        heun: bool,
     ):
         self.path, self.times = path, time_grid(path, grid, steps)
         self.weight, self.lam, self.init, self.denoise_last = float(weight), float(lam), init, denoise_last
@@ -85,7 +90,9 @@ class ConjugateIntegrator(Restorer):
             raise ValueError(f"the guidance weight must be positive, got {weight}")
         if order not in (1, 2) or (order == 2 and lam != 0):
             raise ValueError(f"the order is 1, or 2 with lambda = 0; got {order} with lambda = {lam:g}")
-        self.order = order
+        if heun and order != 2:
+            raise ValueError(f"Heun's step is of order 2, got heun=true with order={order}")
+        self.order, self.heun = order, heun
         ends = torch.tensor([0, torch.inf])  # noiseless: (null space, range) of the coefficients of each step
         self.table = [self.coefficients(k, ends) for k in range(len(self.times) - 1)]
 
@@ -96,7 +103,7 @@ class ConjugateIntegrator(Restorer):
     def coefficients(self, k: int, snr: Tensor) -> Tensor:
         """(4 or 6, *): the factors of D, u, f, zeta in step k for directions of snr = s_i^2 / sigma_y^2 (*), and of
 
-        f - f_r and zeta - zeta_r where the order is 2 and there is a step before. By Gauss-Legendre quadrature in
+        f - f_r and zeta - zeta_r where the order is 2 and there is an r. By Gauss-Legendre quadrature in
         sqrt(b - b_s), b = -log(alpha), in which all integrands are smooth.
         """
         snr, (t, s) = snr.double(), self.times[k : k + 2]
@@ -122,10 +129,10 @@ class ConjugateIntegrator(Restorer):
         if self.lam == 0:
             one, jacobian = torch.ones_like(total), -(weights * pull * m * n * kept)
             rows = [m_s * one, m_s * (1 - torch.exp(-total)), n_s * one, jacobian.sum(0)]
-            if self.order == 2 and k > 0:
-                past = self.times[k - 1] - t
-                g = ((t - tau) / past).to(device)
-                rows += [(t - s) / past * n_s + (kept * n * dtau).sum(0) / past, (jacobian * g).sum(0)]
+            if self.order == 2 and (s > 0 if self.heun else k > 0):
+                run = self.times[k + 1 if self.heun else k - 1] - t  # r - t
+                g = ((t - tau) / run).to(device)
+                rows += [(t - s) / run * n_s + (kept * n * dtau).sum(0) / run, (jacobian * g).sum(0)]
             return torch.stack(rows)
         clock, h, dtau = self.direction * self.lam, self.direction * (s - t), self.direction * dtau
         kept = kept * torch.exp(clock * (tau - s)).to(device)
@@ -149,23 +156,33 @@ class ConjugateIntegrator(Restorer):
         sums: list[Tensor] = []
         before: list[Tensor] = []
         for k, (t, s) in enumerate(zip(self.times, self.times[1:], strict=False)):
-            alpha, sigma = self.path(t)
             if self.denoise_last and s == 0:
-                x = denoiser(x, alpha, sigma, **condition)
+                x = denoiser(x, *self.path(t), **condition)
             else:
-                _, m, n, _ = self.frame(-alpha.log())
-                x0, pull = denoise_and_pull(denoiser, x, alpha, sigma, **condition)
-                f = combine(1 / n, x, -m / n, x0)
-                u = measurement.residual(x0)
-                shrunk = u if measurement.sigma_y == 0 else measurement.correction(x0, sigma**2 / (alpha**2 + sigma**2))
-                zeta = combine(1 / n, shrunk, -m / n, pull(shrunk))
-                changes = [new - old for new, old in zip((f, zeta), before, strict=False)] if self.order == 2 else []
-                x, before = self._mix(measurement, k, [x0, u, f, zeta, *changes]), [f, zeta]
+                parts = self._parts(denoiser, measurement, x, t, **condition)
+                changes = [new - old for new, old in zip(parts[2:], before, strict=False)]
+                x = self._mix(measurement, k, [*parts, *changes])
+                if self.heun and s > 0:
+                    after = self._parts(denoiser, measurement, x, s, **condition)[2:]
+                    x = self._mix(measurement, k, [*parts, *(v - w for v, w in zip(parts[2:], after, strict=True))])
+                elif self.order == 2:
+                    before = parts[2:]
             sums.append(x.sum(dtype=torch.float32))
             if progress is not None:
                 progress((k + 1) / steps)
         check_finite(sums, self.times)
         return x
+
+    def _parts(
+        self, denoiser: Denoiser, measurement: Measurement, x: Tensor, t: Tensor, **condition: Tensor
+    ) -> list[Tensor]:
+        """D, u, f, zeta at t."""
+        alpha, sigma = self.path(t)
+        _, m, n, _ = self.frame(-alpha.log())
+        x0, pull = denoise_and_pull(denoiser, x, alpha, sigma, **condition)
+        u = measurement.residual(x0)
+        shrunk = u if measurement.sigma_y == 0 else measurement.correction(x0, posterior_variance(alpha, sigma))
+        return [x0, u, combine(1 / n, x, -m / n, x0), combine(1 / n, shrunk, -m / n, pull(shrunk))]
 
     def _mix(self, measurement: Measurement, k: int, parts: list[Tensor]) -> Tensor:
         """The step's sum of functions of A^T A, each of a part: D, u, f, zeta, and the changes of the last two."""
@@ -191,7 +208,7 @@ class ConjugateIntegrator(Restorer):
                 raise ValueError(f"{type(operator).__name__} is not linear; lambda must be 0, not {self.lam:g}")
             table = [[measured, measured] for _, measured in table]
         x, of_range = torch.zeros_like(parts[0]), []
-        for j, (v, (null, measured)) in enumerate(zip(parts, table, strict=True)):
+        for j, (v, (null, measured)) in enumerate(zip(parts, table, strict=False)):
             x += (measured if j == 1 else null) * v  # u has no part in the null space
             if j != 1 and null != measured:
                 of_range.append((measured - null) * v)
@@ -204,8 +221,8 @@ class CPiGDM(ConjugateIntegrator):
     c = w beta / 2, so q = (alpha_t / alpha_s)^w without noise. Source: Pandey et al. 2024, Section 3.
 
     Args:
-        path, grid, steps, weight, lam, init, denoise_last, order: see ConjugateIntegrator. The paper's grid is uniform
-            from tau to 1e-3, then one denoising.
+        path, grid, steps, weight, lam, init, denoise_last, order, heun: see ConjugateIntegrator. The paper's grid is
+            uniform from tau to 1e-3, then one denoising.
     """
 
     form, direction = "alpha^2 + sigma^2 = 1", 1.0
@@ -220,8 +237,9 @@ class CPiGDM(ConjugateIntegrator):
         init: str = "pinv",
         denoise_last: bool = True,
         order: int = 1,
+        heun: bool = False,
     ):
-        super().__init__(path, grid, steps, weight, lam, init, denoise_last, order)
+        super().__init__(path, grid, steps, weight, lam, init, denoise_last, order, heun)
 
     def frame(self, b: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         sigma = torch.sqrt(-torch.expm1(-2 * b))
@@ -238,8 +256,8 @@ class CPiGFM(ConjugateIntegrator):
     Source: Pandey et al. 2024, Section 3, for flows.
 
     Args:
-        path, grid, steps, weight, lam, init, denoise_last, order: see ConjugateIntegrator. The paper's grid is uniform
-            from tau < 1 to 0, and its last step is guided too.
+        path, grid, steps, weight, lam, init, denoise_last, order, heun: see ConjugateIntegrator. The paper's grid is
+            uniform from tau < 1 to 0, and its last step is guided too.
         frozen: "velocity" or "noise".
     """
 
@@ -255,12 +273,13 @@ class CPiGFM(ConjugateIntegrator):
         init: str = "pinv",
         denoise_last: bool = False,
         order: int = 1,
+        heun: bool = False,
         frozen: str = "velocity",
     ):
         if frozen not in ("velocity", "noise"):
             raise ValueError(f"frozen is velocity or noise, got '{frozen}'")
         self.frozen = frozen
-        super().__init__(path, grid, steps, weight, lam, init, denoise_last, order)
+        super().__init__(path, grid, steps, weight, lam, init, denoise_last, order, heun)
 
     def frame(self, b: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         alpha, sigma = torch.exp(-b), -torch.expm1(-b)

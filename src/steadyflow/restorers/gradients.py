@@ -8,7 +8,7 @@ from torch import Tensor
 from steadyflow.denoisers import Denoiser, denoise_and_pull
 from steadyflow.grids import Grid
 from steadyflow.paths import GaussianPath
-from steadyflow.restorers.restorer import Measurement
+from steadyflow.restorers.restorer import VARIANCES, Measurement, posterior_variance
 from steadyflow.restorers.stepwise import StepwiseRestorer, ancestral, level, require_share
 
 TINY = 1e-30  # in the place of the square of no guidance
@@ -17,7 +17,7 @@ TINY = 1e-30  # in the place of the square of no guidance
 class PiGDM(StepwiseRestorer):
     """x_s = DDIM(D, x_t, eta) + w alpha_t J^T v,   v = r^2 A^T (r^2 A A^T + sigma_y^2 I)^-1 (y - A D)
 
-    with r^2 = sigma_t^2 / (alpha_t^2 + sigma_t^2), J = dD/dx, and v = A^+ y - A^+ A D without noise. The guidance is of
+    with r^2 of `posterior_variance`, J = dD/dx, and v = A^+ y - A^+ A D without noise. The guidance is of
     the same size however small the step (`guidance.PiGDM` puts it into the denoiser); but of no image is it longer than
 
         |v|^2 / |J^T v|^2 J^T v
@@ -30,9 +30,10 @@ class PiGDM(StepwiseRestorer):
         path, grid, steps, init: see StepwiseRestorer. One evaluation and one vector-Jacobian product a step.
         weight: w; 1 in the source.
         eta: DDIM's; 1 in the source.
+        r2: vp or ve.
 
     Raises:
-        ValueError: w <= 0; eta outside [0, 1].
+        ValueError: w <= 0; eta outside [0, 1]; another r2.
     """
 
     def __init__(
@@ -43,11 +44,14 @@ class PiGDM(StepwiseRestorer):
         weight: float = 1.0,
         eta: float = 1.0,
         init: str = "noise",
+        r2: str = "vp",
     ):
         super().__init__(path, grid, steps, init)
         if not 0 < weight < float("inf"):
             raise ValueError(f"the guidance weight must be positive, got {weight}")
-        self.weight, self.eta = float(weight), require_share("eta", eta)
+        if r2 not in VARIANCES:
+            raise ValueError(f"r2 is one of {', '.join(VARIANCES)}, got '{r2}'")
+        self.weight, self.eta, self.r2 = float(weight), require_share("eta", eta), r2
 
     def update(
         self,
@@ -61,7 +65,7 @@ class PiGDM(StepwiseRestorer):
     ) -> Tensor:
         alpha, sigma = self.path(t)
         x0, pull = denoise_and_pull(denoiser, x, alpha, sigma, **condition)
-        wanted = measurement.correction(x0, sigma**2 / (alpha**2 + sigma**2))
+        wanted = measurement.correction(x0, posterior_variance(alpha, sigma, self.r2))
         guidance = pull(wanted)
         ahead, back = (v.flatten(1).square().sum(1) for v in (wanted, guidance))
         length = torch.minimum(ahead / back.clamp(min=TINY), torch.full_like(back, self.weight * alpha.item()))

@@ -14,6 +14,8 @@ from steadyflow.noise import NoiseSource
 from steadyflow.paths import expand
 from steadyflow.samplers.sampler import Progress
 
+VARIANCES = {"vp": 1, "ve": 2}  # the names of r^2, and the weight of sigma^2 in it
+
 
 class Operator(Protocol):
     """What a restorer asks of A, `steadyflow.linear.Operator` in this project."""
@@ -106,6 +108,18 @@ class Measurement:
         """Raises a ValueError if the measurement has noise, which the method named would reproduce."""
         if self.sigma_y > 0:
             raise ValueError(f"{method} reproduces y, its noise too; it needs sigma_y=0, got {self.sigma_y}")
+
+
+def posterior_variance(alpha: Tensor, sigma: Tensor, of: str = "vp") -> Tensor:
+    """r^2 of the approximation p(x_0 | x) = N(D, r^2 I), of the shape of alpha and sigma:
+
+        vp   sigma^2 / (alpha^2 + sigma^2)      exact for x_0 ~ N(m, I)
+        ve   sigma^2 / (alpha^2 + 2 sigma^2)    smaller, so that y counts for less where it is noisy
+
+    The second is Song et al.'s sigma^2 / (1 + sigma^2), of a state x_0 + sigma z, at the sigma of a VP state, as Pokle
+    et al. compare it (thesis Section 5.12.1, Tables 5.22 to 5.24); at that of x / alpha it is the first.
+    """
+    return sigma**2 / (alpha**2 + VARIANCES[of] * sigma**2)
 
 
 class Restorer(ABC):
