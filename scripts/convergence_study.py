@@ -44,7 +44,7 @@ def solve(cfg: DictConfig, checkpoint: Checkpoint, steps: int, init: str) -> Run
     noise = NoiseSource(cfg.seed, range(cfg.runs), checkpoint.shape)
     condition = {"label": torch.arange(cfg.runs) % checkpoint.num_classes} if checkpoint.num_classes else {}
     start, denoiser = chain.path(chain.times[0])[1].item() * noise(0), checkpoint.denoiser
-    fresh = torch.stack([noise(k + 1) for k in range(steps)], 1) if chain.stochastic else None
+    fresh = chain.noises(noise)
     x, exact = start, []
     for k in range(steps):
         z = None if fresh is None else fresh[:, k]
@@ -62,9 +62,7 @@ def solve(cfg: DictConfig, checkpoint: Checkpoint, steps: int, init: str) -> Run
             later[rows] = image
 
     sampler.solver(
-        lambda z, start, noise, *given: trajectory.sweep(
-            denoiser, z, start, noise, **dict(zip(condition, given, strict=True))
-        ),
+        trajectory.bind(denoiser, condition),
         trajectory.initial(denoiser, start, init == "zeros", **condition),
         start,
         fresh,

@@ -1,38 +1,43 @@
 """Parallel-in-time sampling beside sequential DDIM: sweeps to a given error for every map and mixing, and wall time.
 
-    python scripts/bench/parallel.py [--networks] [--images 4] [--only gaussian causal]
+    python scripts/bench/parallel.py [--problem ring digits100] [--only gaussian causal] [--claims 64,8]
 
-The first table counts the sweeps (network calls one after another) until a sample is within a relative L2 error of 1e-2
-and 1e-3 of sequential DDIM with the same noise, for the median sample and, in brackets, the worst:
+The table counts the sweeps (network calls one after another) until a sample is within a relative L2 error of 1e-2 and
+1e-3 of sequential DDIM with the same noise, for the median sample and, in brackets, the worst:
 
     ring         8 Gaussians (std 0.1) on a ring of radius 2, T = 1000, 64 samples
-    3072-D       10 Gaussians with a 1/f^2 spectrum in the cosine basis of 3x32x32 images, T = 100, 4 samples
-    digits100    with --networks: the embedded checkpoint digits32, T = 100, --images of them
-    digits1000   with --networks: the same at T = 1000
+    3072-D       10 Gaussians with a 1/f^2 spectrum in the cosine basis of 3x32x32 images, T = 100, 8 samples
+    digits100    the embedded checkpoint digits32, T = 100, 2 images
+    digits1000   the same at T = 1000, 1 image
 
-`-` stands for more than 30. With --networks follows what the preset `sampler=parallel` takes on digits32: T = 100 with
-64 images and T = 1000 with 8, error of each image, sweeps, evaluations and seconds beside sequential DDIM (an hour on a
-processor; --claims 8,2 for fewer images). On CUDA comes the time of one image at T = 1000.
+It takes MINUTES minutes of one core, most of it digits1000.
+
+--claims 64,8 adds what the preset `sampler=parallel` takes on digits32, T = 100 with 64 images and T = 1000 with 8:
+error of each image, sweeps, evaluations, seconds and FID beside sequential DDIM; an hour on a processor. On CUDA follow
+the same at T = 1000 for one image (seconds) and for 1000 (FID; --fid 1000).
 """
 
 import argparse
 import contextlib
 import math
 import time
-from collections.abc import Callable
+from itertools import product
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from steadyflow.checkpoints import embedded
+from steadyflow.data import Digits, to_uint8
 from steadyflow.denoisers import CountedDenoiser, Denoiser, GaussianMixture
 from steadyflow.grids import Quadratic
+from steadyflow.metrics import DigitsNet, FrechetDistance, Sources
 from steadyflow.noise import NoiseSource
 from steadyflow.paths import GaussianPath, VariancePreserving
 from steadyflow.samplers import DDIM, Parallel, in_parallel
 
 MAPS, MIXINGS, CAP = ("thesis", "increments", "gaussian"), ("none", "state", "item", "causal"), 30
-Problem = tuple[Denoiser, GaussianPath, Callable[..., Parallel], NoiseSource, dict[str, Tensor]]
+Problem = tuple[Denoiser, NoiseSource, GaussianPath, int, dict[str, Tensor]]
 
 
 class Enough(Exception):
@@ -54,20 +59,19 @@ def sweeps(sampler: Parallel, denoiser: Denoiser, noise: NoiseSource, expected: 
         states = trajectory.initial(denoiser, start, **condition)
         with contextlib.suppress(Enough):
             sampler.solver(
-                lambda z, start, *given: trajectory.sweep(
-                    denoiser, z, start, None, **dict(zip(condition, given, strict=True))
-                ),
+                trajectory.bind(denoiser, condition),
                 states,
                 start,
+                None,
                 *condition.values(),
                 norm=lambda r: torch.ones(len(r), device=r.device),  # never done
                 callback=look,
             )
-    median, worst = (
-        "/".join(next((str(k + 1) for k, e in enumerate(errors) if e[i] < limit), "-") for limit in (1e-2, 1e-3))
+    each = [
+        "/".join(next((str(k + 1) for k, e in enumerate(errors) if e[i] < limit), f">{CAP}") for limit in (1e-2, 1e-3))
         for i in (0, 1)
-    )
-    return f"{median} ({worst})"
+    ]
+    return each[0] if len(expected) == 1 else "{} ({})".format(*each)
 
 
 def ring() -> tuple[Denoiser, NoiseSource]:
@@ -83,7 +87,7 @@ def spectrum() -> tuple[Denoiser, NoiseSource]:
     power = (0.125 * power / power.mean()).expand(3, 32, 32)
     g = torch.Generator().manual_seed(0)
     means = torch.randn(10, 3, 32, 32, generator=g, dtype=torch.float64) * power.sqrt()
-    return GaussianMixture(means, power.expand(10, 3, 32, 32)), NoiseSource(0, range(4), (3, 32, 32))
+    return GaussianMixture(means, power.expand(10, 3, 32, 32)), NoiseSource(0, range(8), (3, 32, 32))
 
 
 def synchronised(device: torch.device) -> float:
@@ -92,89 +96,106 @@ def synchronised(device: torch.device) -> float:
     return time.perf_counter()
 
 
-def table(arguments: argparse.Namespace) -> None:
-    path, columns = VariancePreserving(), {"ring": (*ring(), 1000, {}), "3072-D": (*spectrum(), 100, {})}
-    paths: dict[str, GaussianPath] = {}
-    if arguments.networks:
-        checkpoint, label = embedded("digits32"), torch.arange(arguments.images) % 10
-        noise = NoiseSource(0, range(arguments.images), checkpoint.shape)
-        for steps in (100, 1000):
-            columns[f"digits{steps}"] = (checkpoint.denoiser, noise, steps, {"label": label})
-            paths[f"digits{steps}"] = checkpoint.path
-    rows = [(map, mixing) for map in MAPS for mixing in MIXINGS]
-    rows = [row for row in rows if not arguments.only or set(arguments.only) <= set(row)]
-    columns = {name: column for name, column in columns.items() if not arguments.problem or name in arguments.problem}
-    print(f"{'sweeps to 1e-2 / 1e-3':24}" + "".join(f"{name:>14}" for name in columns), flush=True)
-    expected = {}
-    for name, (denoiser, noise, steps, condition) in columns.items():
-        expected[name] = DDIM(paths.get(name, path), Quadratic(), steps)(denoiser, noise, **condition)
-    for map, mixing in rows:
+def table(problems: list[str], only: set[str], images: list[int]) -> None:
+    checkpoint = embedded("digits32")
+    columns: dict[str, Problem] = {}
+    for name, mixture, steps in (("ring", ring, 1000), ("3072-D", spectrum, 100)):
+        columns[name] = (*mixture(), VariancePreserving(), steps, {})
+    for steps, count in zip((100, 1000), images, strict=True):
+        noise, label = NoiseSource(0, range(count), checkpoint.shape), torch.arange(count) % 10
+        columns[f"digits{steps}"] = (checkpoint.denoiser, noise, checkpoint.path, steps, {"label": label})
+    columns = {name: columns[name] for name in problems}
+    print(f"{'sweeps to 1e-2 / 1e-3':24}" + "".join(f"{name:>17}" for name in columns), flush=True)
+    expected = {
+        name: DDIM(path, Quadratic(), steps)(denoiser, noise, **condition)
+        for name, (denoiser, noise, path, steps, condition) in columns.items()
+    }
+    for map, mixing in product(MAPS, MIXINGS):
+        if not only <= {map, mixing}:
+            continue
         print(f"{map + ' + ' + mixing:24}", end="", flush=True)
-        for name, (denoiser, noise, steps, condition) in columns.items():
-            sampler = in_parallel(
-                paths.get(name, path),
-                Quadratic(),
-                steps,
-                map=map,
-                mixing=mixing,
-                history=3,
-                max_iterations=CAP,
-                max_batch=20 if name == "3072-D" else 1024,
-            )
-            print(f"{sweeps(sampler, denoiser, noise, expected[name], **condition):>14}", end="", flush=True)
+        for name, (denoiser, noise, path, steps, condition) in columns.items():
+            options = {
+                "map": map,
+                "mixing": mixing,
+                "max_iterations": CAP,
+                "max_batch": 20 if name == "3072-D" else 1024,
+            }
+            sampler = in_parallel(path, Quadratic(), steps, **options)
+            print(f"{sweeps(sampler, denoiser, noise, expected[name], **condition):>17}", end="", flush=True)
         print(flush=True)
 
 
-def beside_sequential(steps: int, images: int, device: torch.device, options: dict) -> None:
-    """One line: errors of each image, sweeps, evaluations, seconds of the parallel and of the sequential sampler."""
+def beside_sequential(steps: int, images: int, device: torch.device, batch: int = 64, **options: Any) -> None:
+    """One line: errors of the parallel sampler; its sweeps, evaluations, seconds and FID beside the sequential one."""
     checkpoint = embedded("digits32")
-    denoiser, label = checkpoint.denoiser.to(device), torch.arange(images, device=device) % 10
-    noise = NoiseSource(0, range(images), checkpoint.shape, device)
-    runs = {}
-    for name, sampler in (
-        ("sequential", DDIM(checkpoint.path, Quadratic(), steps)),
-        ("parallel", in_parallel(checkpoint.path, Quadratic(), steps, 0.0, **options)),
+    denoiser = CountedDenoiser(checkpoint.denoiser.to(device))
+    sources = Sources(DigitsNet, Digits, device=device)
+    runs = []
+    for sampler in (
+        DDIM(checkpoint.path, Quadratic(), steps),
+        in_parallel(checkpoint.path, Quadratic(), steps, max_batch=1024, **options),
     ):
-        counted = CountedDenoiser(denoiser)
-        with torch.inference_mode():
-            if device.type == "cuda":
-                sampler(counted, noise, label=label)  # warm-up
-            counted.rows, begin = 0, synchronised(device)
-            x = sampler(counted, noise, label=label)
-            runs[name] = (x.flatten(1), synchronised(device) - begin, counted.rows / images, sampler.iterations)
-    (x, slow, nfe, _), (y, fast, parallel_nfe, iterations) = runs["sequential"], runs["parallel"]
-    error = (y - x).norm(dim=1) / x.norm(dim=1)
+        parts, iterations = list[Tensor](), list[Tensor]()
+        seconds, fid = 0.0, FrechetDistance(bootstrap=0).to(device)
+        fid.prepare(sources)
+        for index in torch.arange(images).split(batch):
+            noise, label = NoiseSource(0, index, checkpoint.shape, device), (index % 10).to(device)
+            with torch.inference_mode():
+                if device.type == "cuda" and not parts:
+                    sampler(denoiser, noise, label=label)  # warm-up
+                if not parts:
+                    denoiser.rows = 0
+                begin = synchronised(device)
+                parts.append(sampler(denoiser, noise, label=label))
+                seconds += synchronised(device) - begin
+                fid.update(index, sources.extractor(to_uint8(parts[-1]))[0])
+            iterations.append(sampler.iterations)
+        distance = float(fid.compute()["fid"]) if images > 1 else math.nan
+        runs.append((torch.cat(parts).flatten(1), seconds, denoiser.rows / images, distance, iterations))
+    (x, slow, nfe, fid_x, _), (y, fast, parallel_nfe, fid_y, iterations) = runs
+    error, swept = (y - x).norm(dim=1) / x.norm(dim=1), torch.cat(iterations).float()
     print(
         f"T={steps} images={images} {device.type} {options}: relative L2 median {error.median():.2g} worst "
-        f"{error.max():.2g}; sweeps {iterations.float().mean():.1f} (most {iterations.max()}); NFE {parallel_nfe:.0f} "
-        f"beside {nfe:.0f}; seconds {fast:.1f} beside {slow:.1f}, {slow / fast:.2f}x",
+        f"{error.max():.2g}, {int((error <= 0.01).sum())} within 1%; sweeps {swept.mean():.1f}, most {swept.max():.0f}"
+        f"; NFE {parallel_nfe:.0f} beside {nfe:.0f}; seconds {fast:.3g} beside {slow:.3g}, {slow / fast:.2f}x"
+        + (f"; FID {fid_y:.4g} beside {fid_x:.4g}, {100 * (fid_y / fid_x - 1):+.2f}%" if images > 1 else ""),
         flush=True,
     )
 
 
+def on_a_card(device: torch.device, steps: int, images: int) -> None:
+    """The time of one image for several parallel samplers, and the FID of many for the default and the thesis' one."""
+    thesis = {"map": "thesis", "mixing": "state", "history": 5, "ridge": 1e-3, "max_iterations": 15}
+    default = {"mixing": "causal"}
+    for options in (default, {"mixing": "none"}, default | {"window": steps}, thesis):
+        beside_sequential(steps, 1, device, **options)
+    for options in (default, thesis):
+        beside_sequential(steps, images, device, **options)
+
+
 def main() -> None:
+    def numbers(text: str) -> list[int]:
+        return [int(word) for word in text.split(",")]
+
+    problems = ["ring", "3072-D", "digits100", "digits1000"]
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--networks", action="store_true", help="also the embedded checkpoint")
-    parser.add_argument("--images", type=int, default=4, help="of the checkpoint in the table")
-    parser.add_argument("--only", nargs="*", default=[], help="a map, a mixing, or both")
-    parser.add_argument("--problem", nargs="*", default=[], help="these columns of the table alone")
-    parser.add_argument("--claims", default="64,8", help="images at T = 100 and at T = 1000; 0 for none")
+    parser.add_argument("--problem", nargs="*", default=problems, choices=problems, help="columns; none: no table")
+    parser.add_argument("--only", nargs="*", default=[], choices=[*MAPS, *MIXINGS], help="a map, a mixing, or both")
+    parser.add_argument("--images", type=numbers, default=[2, 1], help="of digits100 and digits1000")
+    parser.add_argument("--claims", type=numbers, default=[0, 0], help="images at T = 100 and at T = 1000")
+    parser.add_argument("--fid", type=int, default=1000, help="images of the FID on CUDA")
     arguments = parser.parse_args()
-    table(arguments)
-    if arguments.networks:
-        for steps, images in zip((100, 1000), map_int(arguments.claims), strict=True):
-            if images:
-                for options in ({"mixing": "causal"}, {"mixing": "causal", "window": steps}):
-                    beside_sequential(steps, images, torch.device("cpu"), options)
+    if arguments.problem:
+        table(arguments.problem, set(arguments.only), arguments.images)
+    for steps, images in zip((100, 1000), arguments.claims, strict=True):
+        if images:
+            beside_sequential(steps, images, torch.device("cpu"), mixing="causal", max_iterations=15)
+            beside_sequential(steps, images, torch.device("cpu"), mixing="causal", window=steps)
     if torch.cuda.is_available():
-        for options in ({"mixing": "causal"}, {"mixing": "none"}, {"mixing": "causal", "window": 1000}):
-            beside_sequential(1000, 1, torch.device("cuda"), options)
+        on_a_card(torch.device("cuda"), 1000, arguments.fid)
     else:
-        print("one image at T = 1000 on CUDA: skipped, there is none")
-
-
-def map_int(text: str) -> list[int]:
-    return [int(word) for word in text.split(",")]
+        print("T = 1000 on CUDA (seconds of one image, FID of 1000): skipped, there is none")
 
 
 if __name__ == "__main__":

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from steadyflow.grids import Quadratic
-from steadyflow.inversion.chain import Chain, chain_noises, squared_distance
+from steadyflow.inversion.chain import Chain, squared_distance
 from steadyflow.paths import ConditionalOT, VariancePreserving
 from steadyflow.samplers import DDIM, Heun
 
@@ -20,7 +20,7 @@ CHAINS = {
 def test_the_chain_is_the_sampler(name, mixture, noise):
     sampler = CHAINS[name]
     x = sampler.path(sampler.times[0])[1].item() * noise(0)
-    chain = Chain(mixture, sampler, chain_noises(sampler, noise), {})
+    chain = Chain(mixture, sampler, sampler.noises(noise), {})
     states = chain.states(x)
     torch.testing.assert_close(states[:, -1], sampler(mixture, noise), rtol=1e-13, atol=1e-13)
     keep = torch.tensor([2, 0])

@@ -9,7 +9,7 @@ import torch
 from steadyflow.denoisers import Gaussian
 from steadyflow.equilibrium import Anderson, Picard
 from steadyflow.inversion import DEQInversion, Naive
-from steadyflow.inversion.chain import Chain, chain_noises, squared_distance
+from steadyflow.inversion.chain import Chain, squared_distance
 from steadyflow.samplers.trajectory import Transport
 
 F64 = torch.float64
@@ -21,7 +21,7 @@ SOLVERS = {
 
 
 def chain_of(sampler, mixture, noise) -> Chain:
-    return Chain(mixture, sampler, chain_noises(sampler, noise), {})
+    return Chain(mixture, sampler, sampler.noises(noise), {})
 
 
 @pytest.mark.parametrize("solver", SOLVERS)

@@ -10,7 +10,7 @@ from steadyflow.denoisers import EpsDenoiser
 from steadyflow.grids import Quadratic
 from steadyflow.inversion import DDIMInversion, DEQInversion, Naive
 from steadyflow.inversion import descent as module
-from steadyflow.inversion.chain import Chain, chain_noises, squared_distance
+from steadyflow.inversion.chain import Chain, squared_distance
 from steadyflow.noise import NoiseSource
 from steadyflow.paths import VariancePreserving
 from steadyflow.samplers import DDIM, RK45
@@ -21,7 +21,7 @@ F64 = torch.float64
 @pytest.mark.parametrize("eta", [0.0, 0.7])
 def test_the_naive_gradient_is_that_of_plain_autograd(eta, mixture, noise, target, ddim):
     sampler = ddim(8, eta)
-    chain = Chain(mixture, sampler, chain_noises(sampler, noise), {})
+    chain = Chain(mixture, sampler, sampler.noises(noise), {})
     x = noise(0).requires_grad_()
     h = x
     for k, (t, s) in enumerate(zip(sampler.times[:-1], sampler.times[1:], strict=True)):

@@ -7,7 +7,6 @@ import torch
 from torch import Tensor
 
 from steadyflow.denoisers import Denoiser
-from steadyflow.noise import NoiseSource
 from steadyflow.samplers import OneStepSampler
 
 
@@ -53,11 +52,6 @@ class Chain:
             x = self.step(k, x)
             out.append(x)
         return torch.stack(out, 1)
-
-
-def chain_noises(sampler: OneStepSampler, noise: NoiseSource) -> Tensor | None:
-    """The noises (B, N, *S) that a stochastic sampler uses, those of its own loop; None for a deterministic one."""
-    return torch.stack([noise(k + 1) for k in range(sampler.steps)], 1) if sampler.stochastic else None
 
 
 def squared_distance(x: Tensor, target: Tensor) -> Tensor:

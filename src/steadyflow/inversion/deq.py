@@ -93,21 +93,16 @@ class DEQInversion(Descent):
             solver, guess = self.solver, trajectory.initial(chain.denoiser, x) if memory is None else memory
         else:
             guess = chain.states(x)
-        names = list(chain.condition)
-
-        def sweep(z: Tensor, x: Tensor, noises: Tensor | None, *given: Tensor) -> Tensor:
-            return trajectory.sweep(chain.denoiser, z, x, noises, **dict(zip(names, given, strict=True)))
-
-        rest = (chain.noises, *chain.condition.values())
+        f, rest = trajectory.bind(chain.denoiser, chain.condition), (chain.noises, *chain.condition.values())
         with torch.enable_grad():
             x = x.detach().requires_grad_()
             if self.through is None:
-                z = guess if self.solver is None else solver(sweep, guess, x, *rest).z
+                z = guess if self.solver is None else solver(f, guess, x, *rest).z
                 loss, z = self._checked(chain, x, target, z)
                 onward = 2 * self.tau * float(trajectory.scale[-1] / trajectory.scale[0]) * (z[:, -1] - target)
                 (g,) = torch.autograd.grad(chain.step(0, x), x, onward)
             else:
-                z = Equilibrium(solver, self.through)(sweep, guess, x, *rest).z
+                z = Equilibrium(solver, self.through)(f, guess, x, *rest).z
                 (g,) = torch.autograd.grad(squared_distance(z[:, -1], target).sum(), x)
                 loss, z = self._checked(chain, x, target, z.detach())
         return loss, g, z if self.warm and self.solver is not None else None

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from steadyflow.denoisers import Denoiser
-from steadyflow.inversion.chain import Chain, chain_noises, squared_distance
+from steadyflow.inversion.chain import Chain, squared_distance
 from steadyflow.inversion.ddim_inversion import DDIMInversion
 from steadyflow.inversion.inverter import Inversion, Inverter
 from steadyflow.noise import NoiseSource
@@ -93,7 +93,7 @@ class Descent(Inverter):
         if not isinstance(sampler, OneStepSampler):
             raise ValueError(f"inversion needs a one-step sampler, got {type(sampler).__name__}; set sampler=ddim")
         now = CLOCKS[self.clock]
-        chain = Chain(denoiser, sampler, chain_noises(sampler, noise), condition)
+        chain = Chain(denoiser, sampler, sampler.noises(noise), condition)
         count, begun = len(target), now()
         x = self._start(denoiser, sampler, target, noise, condition)
         share = (now() - begun) / count  # seconds so far of each image that is still there

@@ -90,8 +90,7 @@ class Parallel(Sampler):
     ) -> Tensor:
         trajectory, sampler, cap = self.trajectory, self.trajectory.sampler, self.solver.max_iterations
         x = noise_start(sampler.path, sampler.times[0], noise) if start is None else start
-        fresh = torch.stack([noise(k + 1) for k in range(sampler.steps)], 1) if sampler.stochastic else None
-        names = list(condition)
+        fresh = sampler.noises(noise)
         if self.window is not None:
             assert isinstance(trajectory, Transport)
             window = min(self.window, sampler.steps)
@@ -101,15 +100,13 @@ class Parallel(Sampler):
             )
         else:
 
-            def sweep(z: Tensor, start: Tensor, noise: Tensor | None, *given: Tensor) -> Tensor:
-                return trajectory.sweep(denoiser, z, start, noise, **dict(zip(names, given, strict=True)))
-
             def tell(k: int, rows: Tensor, image: Tensor, relative: Tensor) -> None:
                 if progress is not None:
                     progress((k + 1) / cap)
 
             states = trajectory.initial(denoiser, x, self.init == "zeros", **condition)
-            solution = self.solver(sweep, states, x, fresh, *condition.values(), norm=self._norm(x), callback=tell)
+            f = trajectory.bind(denoiser, condition)
+            solution = self.solver(f, states, x, fresh, *condition.values(), norm=self._norm(x), callback=tell)
             x, self.iterations = solution.z[:, -1], solution.iterations
             left = solution.residual.gather(0, self.iterations.unsqueeze(0) - 1)[0]
             residual = torch.where(solution.converged, 0.0, left)

@@ -93,6 +93,10 @@ class OneStepSampler(Sampler):
         """x_s from x_t, s < t. t and s are () or (B,): a batch may mix times. z (B, *S) is the step's noise."""
         return self.update(denoiser, x, self.coefficients(t, s), z, **condition)
 
+    def noises(self, noise: NoiseSource) -> Tensor | None:
+        """The noises of all steps, (B, N, *S), of a stochastic sampler; else None."""
+        return torch.stack([noise(k + 1) for k in range(self.steps)], 1) if self.stochastic else None
+
     @torch.no_grad()
     def __call__(
         self,

@@ -2,6 +2,7 @@
 
 import math
 from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable
 
 import torch
 from torch import Tensor
@@ -69,6 +70,15 @@ class TrajectoryMap(ABC):
             noise: (B, N, *S) of the sampler's N steps, where it is stochastic.
             condition: of the denoiser, each leading with B.
         """
+
+    def bind(self, denoiser: Denoiser, names: Iterable[str]) -> Callable[..., Tensor]:
+        """F as a solver takes it: f(z, start, noise, *condition), the conditions in the order of their `names`."""
+        names = list(names)
+
+        def f(z: Tensor, start: Tensor, noise: Tensor | None, *condition: Tensor) -> Tensor:
+            return self.sweep(denoiser, z, start, noise, **dict(zip(names, condition, strict=True)))
+
+        return f
 
     def update(
         self, denoiser: Denoiser, x: Tensor, table: Coefficients, k: Tensor, z: Tensor | None, **condition: Tensor
