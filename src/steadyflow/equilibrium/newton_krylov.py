@@ -76,9 +76,8 @@ class _Newton(Update):
                 hessenberg[:, : j + 1, j] += weights[..., 0]
                 w = w - (weights.mT @ basis[:, : j + 1])[:, 0]
             rest = w.norm(dim=1, keepdim=True)
-            fresh = (
-                rest > 10 * torch.finfo(w.dtype).eps * whole
-            )  # otherwise the space is complete: the rest is rounding
+            # otherwise the space is complete: the rest is rounding
+            fresh = rest > 10 * torch.finfo(w.dtype).eps * whole
             hessenberg[:, j + 1, j] = torch.where(fresh, rest, 0.0)[:, 0]
             basis[:, j + 1] = torch.where(fresh, w / rest, 0.0)
         right = torch.zeros_like(hessenberg[:, :, :1])

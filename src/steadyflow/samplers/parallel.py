@@ -33,8 +33,8 @@ class Parallel(Sampler):
     that has not converged; a window that reaches the end finishes in at most N sweeps.
 
     A sample is done when |F(z) - z| <= rtol |F(z)|, with rtol the solver's, in the norm of `stop`; in a window, the
-    front passes a state with that tolerance of its own. F(z) is what is returned. The memory is that of (B, N, *S)
-    states, 1 + 2 m of them for Anderson's history m; with a window (B, W, *S), and the noise where there is any.
+    front passes a state with that tolerance of its own. F(z) is what is returned. The memory is that of a few tensors
+    (B, N, *S), or (B, W, *S) with a window: 2 m more for Anderson's history m, and the noise where there is any.
 
     Source: Pokle 2025, Section 3.2 (DEQ-DDIM, DEQ-sDDIM); windows: Shih et al. 2023 (ParaDiGMS), Section 3.
 
