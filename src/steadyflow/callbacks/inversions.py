@@ -201,7 +201,7 @@ def draw_losses(file: Path, found: Mapping[str, Arrays]) -> None:
     """
     figure = Figure(figsize=(10, 4), dpi=130)
     left, right = figure.subplots(1, 2, sharey=True)
-    figure.subplots_adjust(left=0.075, right=0.985, bottom=0.13, top=0.97, wspace=0.05)  # a layout engine takes 1 s
+    figure.subplots_adjust(left=0.1, right=0.985, bottom=0.13, top=0.97, wspace=0.05)  # a layout engine takes 1 s
     for n, (method, of) in enumerate(found.items()):
         colour, curve, clock = f"C{n}", np.maximum(of["curve"], 1e-12), of["clock"]
         if curve.shape[1] == 0:
