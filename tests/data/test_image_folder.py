@@ -124,6 +124,9 @@ def test_held_out_images_are_chosen_by_name_alone(tmp_path):
     folder(files, [f"{i}.png" for i in range(30, 33)])
     later = ImageFolder(files, "test", held_out=10)
     assert len(set(later.names) & set(test.names)) >= 6  # each image added or removed moves at most one over the border
+    last = ImageFolder(files, "test", held_out=10, hold_last=True)
+    assert last.names == sorted(f"{i}.png" for i in range(33) if i != 3)[-10:]
+    assert not {*last.names} & {*ImageFolder(files, held_out=10, hold_last=True).names}
     with pytest.raises(FileNotFoundError, match=r"split test is empty: 32 images, 0 of them held out"):
         ImageFolder(files, "test")
     with pytest.raises(FileNotFoundError, match=r"split train is empty: 32 images, 40 of them held out"):

@@ -27,8 +27,8 @@ class ImageFolder(Dataset[tuple[Tensor, int]]):
     tags in a photograph's metadata are not applied.
 
     Splits. If `path` holds train or test (or val, valid; folders or zips), or PATH_train_lmdb lies beside it, these are
-    the splits. Else a `partition` file says, or else the `held_out` images whose names have the smallest sha256 are
-    `test` and the others `train`.
+    the splits. Else a `partition` file says, or else the `held_out` images whose names have the smallest sha256 (or are
+    the last, with `hold_last`) are `test` and the others `train`.
 
     Args:
         path: the folder, zip or database.
@@ -41,7 +41,8 @@ class ImageFolder(Dataset[tuple[Tensor, int]]):
         folder: read the images below folders of this name alone.
         only: a text file that lists the images to read, one a line.
         partition: a text file of lines `name number`: 0 train, 1 neither, 2 test (CelebA's list_eval_partition.txt).
-        held_out: how many images to hold out as `test`, where there are no splits otherwise.
+        held_out, hold_last: how many images to hold out as `test`, where there are no splits otherwise, and whether
+            they are the last by name.
         expected: how many images there should be, by split or in `all` of them, before `only` or a split is taken.
         source: where to get the set, for the message when it is not there.
         in_memory: decode everything now and keep it as `images`, (N, C, size, size) uint8.
@@ -73,6 +74,7 @@ class ImageFolder(Dataset[tuple[Tensor, int]]):
         only: str | os.PathLike[str] | None = None,
         partition: str | os.PathLike[str] | None = None,
         held_out: int = 0,
+        hold_last: bool = False,
         expected: Mapping[str, int] | None = None,
         source: str | None = None,
         in_memory: bool = False,
@@ -96,7 +98,7 @@ class ImageFolder(Dataset[tuple[Tensor, int]]):
         names = [self.archive.names[i] for i in kept[own]]
         rows = np.arange(len(names)) if only is None else splits.listed(names, only)
         if own == "all":
-            rows = rows[self._part([names[i] for i in rows], held_out, partition)]
+            rows = rows[self._part([names[i] for i in rows], held_out, hold_last, partition)]
         self.index = kept[own][rows]
         self.names = [self.archive.names[i] for i in self.index]
         known = [archive.names[i] for s, archive in archives.items() for i in kept[s]]
@@ -129,10 +131,12 @@ class ImageFolder(Dataset[tuple[Tensor, int]]):
             )
         return archives
 
-    def _part(self, names: list[str], held_out: int, partition: str | os.PathLike[str] | None) -> np.ndarray:
+    def _part(
+        self, names: list[str], held_out: int, last: bool, partition: str | os.PathLike[str] | None
+    ) -> np.ndarray:
         """The places of the names of this split, in a set that comes without splits."""
         if partition is None:
-            part, how = splits.held_out(names, held_out, self.split), f"{held_out} of them held out"
+            part, how = splits.held_out(names, held_out, self.split, last), f"{held_out} of them held out"
         else:
             part, how = splits.partition(names, partition, self.split), f"split by {partition}"
         if len(part) == 0:

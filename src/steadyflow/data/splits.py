@@ -83,9 +83,10 @@ def partition(names: Sequence[str], file: str | os.PathLike[str], split: str) ->
     return np.array([i for i, name in enumerate(names) if number.get(_stem(name)) == wanted], np.int64)
 
 
-def held_out(names: Sequence[str], count: int, split: str) -> np.ndarray:
-    """`count` of the names, those with the smallest sha256, for test; the others for train."""
+def held_out(names: Sequence[str], count: int, split: str, last: bool = False) -> np.ndarray:
+    """`count` of the sorted names, those with the smallest sha256 or the last, for test; the others for train."""
     order = np.argsort([hashlib.sha256(name.encode()).hexdigest() for name in names])
+    order = np.arange(len(names))[::-1] if last else order
     return np.sort(order[count:] if split == "train" else order[:count])
 
 
