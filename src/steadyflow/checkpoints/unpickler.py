@@ -41,10 +41,10 @@ class Record:
 
     name = ""
 
-    def __init__(self, *arguments: Any, state: Any = None):
-        self.arguments, self.state = arguments, state
+    arguments: tuple[Any, ...]
+    state: Any
 
-    def __new__(cls, *arguments: Any, **_: Any) -> "Record":
+    def __new__(cls, *arguments: Any) -> "Record":  # pickles make objects with and without their __init__
         record = super().__new__(cls)
         record.arguments, record.state = arguments, None
         return record
@@ -162,24 +162,19 @@ class _Unpickler(pickle.Unpickler):
             "torch.storage._load_from_bytes": self._nested,
             "torch_utils.persistence._reconstruct_persistent_obj": self._persistent,
             "numpy.dtype": self._dtype,
+            "_codecs.encode": self._bytes,  # how protocol 2 writes bytes
         }
+        known |= {f"builtins.{kind.__name__}": kind for kind in (set, frozenset, complex, slice)}
         for core in ("numpy.core", "numpy._core"):
             known |= {f"{core}.multiarray._reconstruct": self._array, f"{core}.multiarray.scalar": self._scalar}
         if full in known:
             return known[full]
-        if full in ("builtins.set", "builtins.frozenset", "builtins.complex", "builtins.slice", "builtins.bytearray"):
-            return {"set": set, "frozenset": frozenset, "complex": complex, "slice": slice, "bytearray": bytearray}[
-                name
-            ]
-        if full == "_codecs.encode":  # how protocol 2 writes bytes
-            return self._bytes
-        if full == "numpy.ndarray":
-            return record_class(full)
         if module in ("torch", "torch.cuda", "torch.storage") and name.removesuffix("Storage") in STORAGES:
             return record_class(name)
         if module == "torch" and isinstance(getattr(torch, name, None), torch.dtype):
             return getattr(torch, name)
-        if full == "torch.device" or full in INERT or re.fullmatch(r"torch\.nn\.modules\.[a-z]+\.[A-Z]\w*", full):
+        inert = full in ("torch.device", "numpy.ndarray", *INERT)
+        if inert or re.fullmatch(r"torch\.nn\.modules\.[a-z]+\.[A-Z]\w*", full):
             return record_class(full)
         raise ValueError(refusal(full))
 

@@ -9,7 +9,7 @@ they belong to. Whether the weights fit that network is checked by whoever saves
 
 import importlib
 import inspect
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -45,6 +45,11 @@ class Converted:
     shape: tuple[int, ...]
     num_classes: int = 0
     card: Mapping[str, Any] = field(default_factory=dict)
+
+
+def multiples(widths: Sequence[int], base: int) -> list[int | float]:
+    """`channel_mult` of levels of these widths: whole numbers where they are."""
+    return [w // base if w % base == 0 else w / base for w in widths]
 
 
 def format_names() -> list[str]:

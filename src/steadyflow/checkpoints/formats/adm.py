@@ -11,7 +11,7 @@ from typing import Any
 
 from torch import Tensor
 
-from steadyflow.checkpoints.formats import Converted
+from steadyflow.checkpoints.formats import Converted, multiples
 from steadyflow.checkpoints.nodes import nearest
 from steadyflow.checkpoints.pickles import read_state
 
@@ -147,7 +147,7 @@ def structure(
         "in_channels": in_channels,
         "image_size": image_size,
         "model_channels": base,
-        "channel_mult": [w // base if w % base == 0 else w / base for w in widths],
+        "channel_mult": multiples(widths, base),
         "num_res_blocks": blocks,
         "attention_resolutions": [image_size // 2**k for k, n in enumerate(first) if f"{n}.1.qkv.weight" in state],
         "num_classes": rows - (1 if rows and null_label else 0),

@@ -4,7 +4,7 @@ import re
 from pathlib import Path
 from typing import Any
 
-from steadyflow.checkpoints.formats import Converted
+from steadyflow.checkpoints.formats import Converted, multiples
 from steadyflow.checkpoints.formats.adm import rename, schedule_node
 from steadyflow.checkpoints.nodes import nearest
 from steadyflow.checkpoints.pickles import read_state
@@ -43,7 +43,7 @@ def read(
         "in_channels": in_channels,
         "image_size": image_size,
         "model_channels": base,
-        "channel_mult": [w // base if w % base == 0 else w / base for w in widths],
+        "channel_mult": multiples(widths, base),
         "num_res_blocks": blocks,
         "attention_resolutions": [image_size // 2**k for k, n in enumerate(first) if f"{n}.1.qkv.weight" in state],
         "num_classes": state["out.2.c_proj.weight"].shape[0],

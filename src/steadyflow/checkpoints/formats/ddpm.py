@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from steadyflow.checkpoints.formats import Converted
+from steadyflow.checkpoints.formats import Converted, multiples
 from steadyflow.checkpoints.nodes import nearest
 from steadyflow.checkpoints.pickles import read_state
 
@@ -65,7 +65,7 @@ def read(
         "in_channels": in_channels,
         "image_size": image_size,
         "model_channels": base,
-        "channel_mult": [w // base if w % base == 0 else w / base for w in widths],
+        "channel_mult": multiples(widths, base),
         "num_res_blocks": blocks,
         "attention_resolutions": [image_size // 2**k for k in range(levels) if f"down.{k}.attn.0.q.weight" in state],
         "conv_resample": levels == 1 or "down.0.downsample.conv.weight" in state,

@@ -11,7 +11,7 @@ from typing import Any
 
 from torch import Tensor
 
-from steadyflow.checkpoints.formats import Converted, ddpm
+from steadyflow.checkpoints.formats import Converted, ddpm, multiples
 from steadyflow.checkpoints.pickles import read_state
 
 CONFIG, WEIGHTS = "config.json", ("diffusion_pytorch_model.safetensors", "diffusion_pytorch_model.bin")
@@ -194,7 +194,7 @@ def _network(config: Mapping[str, Any], size: int) -> dict[str, Any]:
         "in_channels": config["in_channels"],
         "image_size": size,
         "model_channels": widths[0],
-        "channel_mult": [w // widths[0] if w % widths[0] == 0 else w / widths[0] for w in widths],
+        "channel_mult": multiples(widths, widths[0]),
         "num_res_blocks": config["layers_per_block"],
         "attention_resolutions": [size // 2**k for k, attention in enumerate(attends) if attention],
         "head_channels": config["attention_head_dim"],  # null: one head

@@ -167,13 +167,7 @@ def _dhariwal(model: Record, file: str) -> tuple[dict[str, Any], dict[str, Tenso
         "scale_shift_norm": True,
         "resblock_updown": True,
     }
-    down, up = [], []
-    for level in range(len(mult)):
-        at = f"{size >> level}x{size >> level}"
-        down += [f"enc.{at}_down"] * (level > 0) + [f"enc.{at}_block{i}" for i in range(blocks)]
-    for level in reversed(range(len(mult))):
-        at = f"{size >> level}x{size >> level}"
-        up += [f"dec.{at}_up"] * (level < len(mult) - 1) + [f"dec.{at}_block{i}" for i in range(blocks + 1)]
+    down, up = level_names(size, len(mult), blocks)
     names = MAPPING | {f"enc.{size}x{size}_conv": "stem", "out_norm": "norm", "out_conv": "head"}
     names |= {name: f"down.{i}" for i, name in enumerate(down)} | {name: f"up.{i}" for i, name in enumerate(up)}
     last = size >> len(mult) - 1
@@ -186,6 +180,18 @@ def _dhariwal(model: Record, file: str) -> tuple[dict[str, Any], dict[str, Tenso
         rows = tensors["map_label.weight"].T
         state["conditioning.table.weight"] = torch.cat([rows, torch.zeros_like(rows[:1])])
     return arguments, state
+
+
+def level_names(size: int, levels: int, blocks: int) -> tuple[list[str], list[str]]:
+    """The blocks of the way down and of the way up (without the middle), as EDM names them, in order."""
+    down, up = [], []
+    for level in range(levels):
+        at = f"{size >> level}x{size >> level}"
+        down += [f"enc.{at}_down"] * (level > 0) + [f"enc.{at}_block{i}" for i in range(blocks)]
+    for level in reversed(range(levels)):
+        at = f"{size >> level}x{size >> level}"
+        up += [f"dec.{at}_up"] * (level < levels - 1) + [f"dec.{at}_block{i}" for i in range(blocks + 1)]
+    return down, up
 
 
 def negated(state: Mapping[str, Tensor]) -> dict[str, Tensor]:

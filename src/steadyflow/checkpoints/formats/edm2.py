@@ -5,7 +5,7 @@ from pathlib import Path
 from torch import Tensor
 
 from steadyflow.checkpoints.formats import Converted
-from steadyflow.checkpoints.formats.edm import DENOISER, NETWORK, PATH, network_record, settings_of
+from steadyflow.checkpoints.formats.edm import DENOISER, NETWORK, PATH, level_names, network_record, settings_of
 from steadyflow.networks.edm2 import HEAD_CHANNELS
 
 BLOCK = {"conv_res0": "conv1", "conv_res1": "conv2", "emb_linear": "condition", "conv_skip": "skip"}
@@ -95,14 +95,9 @@ def read(file: str | Path, sigma_max: float = 80.0, weights: str = "ema") -> Con
 
 def _names(size: int, levels: int, blocks: int) -> dict[str, str]:
     """Their blocks by level -> our blocks in order."""
-    down, up = [], []
-    for level in range(levels):
-        at = f"{size >> level}x{size >> level}"
-        down += [f"enc.{at}_down"] * (level > 0) + [f"enc.{at}_block{i}" for i in range(blocks)]
-    for level in reversed(range(levels)):
-        at = f"{size >> level}x{size >> level}"
-        up += [f"dec.{at}_in0", f"dec.{at}_in1"] if level == levels - 1 else [f"dec.{at}_up"]
-        up += [f"dec.{at}_block{i}" for i in range(blocks + 1)]
+    down, up = level_names(size, levels, blocks)
+    last = size >> levels - 1
+    up = [f"dec.{last}x{last}_in{i}" for i in range(2)] + up
     places = {name: f"{way}.{i}" for way, names in (("down", down), ("up", up)) for i, name in enumerate(names)}
     return places | {f"enc.{size}x{size}_conv": "stem"}
 
