@@ -278,9 +278,6 @@ def test_the_grid_search_of_c_pigdm_ends_in_a_table_and_heat_maps(tmp_path, monk
             assert picture.size[0] > 200
 
 
-MASK = ["task=inpaint_box", "~task.operator.mask.size", "task.operator.mask._target_=steadyflow.linear.file_mask"]
-
-
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
@@ -289,7 +286,8 @@ MASK = ["task=inpaint_box", "~task.operator.mask.size", "task.operator.mask._tar
         (["task.sigma_y=-0.1"], "sigma_y is a standard deviation, at least 0; got -0.1"),
         (["task=inpaint_box", "task.size=32"], "the mask is 0 everywhere: nothing is measured"),
         (["task=inpaint_box", "task.size=40"], "a box of 40 x 40 does not fit an image of 32 x 32"),
-        ([*MASK, "+task.operator.mask.file=mask.npy"], "the mask mask.npy is (16, 16), the image (32, 32)"),
+        (["task=inpaint_file"], "task.operator: file_mask() missing 1 required positional argument: 'file'"),
+        (["task=inpaint_file", "task.file=mask.npy"], "the mask mask.npy is (16, 16), the image (32, 32)"),
         (["sampler=c_pigdm", "sampler.weight=1e6"], "w = 1e+06 damps the residual by e^"),
         (["sampler=c_pigdm", "sampler.grid.start=1.5"], "need 1 >= start > end >= 0, got start 1.5"),
         (["task=jpeg", "sampler=ddrm"], "DDRM needs singular values, and JPEG is not linear"),
