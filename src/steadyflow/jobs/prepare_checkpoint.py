@@ -173,7 +173,9 @@ def list_public(console: Console, data_dir: str) -> dict[str, Any]:
 
 def show(console: Console, title: str, found: dict[str, Any]) -> dict[str, Any]:
     """Prints facts as a table."""
-    table = Table("", "", title=title, title_justify="left", show_header=False)
+    table = Table(title=title, title_justify="left", show_header=False)
+    table.add_column(no_wrap=True)
+    table.add_column(overflow="fold")  # an address or a hash is whole or useless
     for key, value in found.items():
         text = f"{value:,}" if isinstance(value, int) and key != "sha256" else value
         table.add_row(key, "" if text is None else str(text))
