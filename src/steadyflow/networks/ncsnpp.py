@@ -216,10 +216,14 @@ class NCSNpp(nn.Module):
         check_images(x, t, "NCSN++", self.in_channels, self.divisor)
         s = (self.time_scale * t + self.time_shift).clamp(min=self.time_min)
         c = functional.silu(self.conditioning(s.log() if self.log_time else s, label))
-        h = self._down(x, c)
+        h, skips = self._down(x, c)
+        for block in self.middle:
+            h = run(block, h, c, self.checkpoint_activations)
+        h = self._up(h, skips, c)
         return h / s.to(h.dtype)[:, None, None, None] if self.divide_by_time else h
 
-    def _down(self, x: Tensor, c: Tensor) -> Tensor:
+    def _down(self, x: Tensor, c: Tensor) -> tuple[Tensor, list[Tensor]]:
+        """The features of the last level, and those of every block."""
         h = self.stem(x)
         skips, image = [h], x
         for level, blocks in enumerate(self.down):
@@ -233,11 +237,10 @@ class NCSNpp(nn.Module):
                     else:
                         image = h = (h + join(image)) * math.sqrt(0.5)
                 skips.append(h)
-        for block in self.middle:
-            h = run(block, h, c, self.checkpoint_activations)
-        return self._up(h, skips, c)
+        return h, skips
 
     def _up(self, h: Tensor, skips: list[Tensor], c: Tensor) -> Tensor:
+        """The image, of one head or of all."""
         out: Tensor | None = None
         for level, blocks in enumerate(self.up):
             for i, block in enumerate(cast(nn.ModuleList, blocks)):
