@@ -45,8 +45,8 @@ def run(cfg: DictConfig) -> dict[str, Any]:
         run.json        config, versions, git state, hardware, precision; logs/ the logger's
 
     The images are measured here, image i with noise that is a function of (seed, i) alone (with K = samples_per_image
-    its restorations are K i to K i + K - 1); or, as `input`, degraded
-    already, with no reference to compare with. A start in the directory of a killed run makes what is missing.
+    its restorations are K i to K i + K - 1); or, as `input`, degraded already, with no reference to compare with. A
+    start in the directory of a killed run makes what is missing.
 
     Returns:
         What metrics.json holds.
