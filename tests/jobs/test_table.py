@@ -164,6 +164,10 @@ def test_what_a_table_is_made_from_is_run_first(
     for _ in range(2):  # once is enough
         assert table("scale=full", "seeds=[0]") == 0
     assert commands == [words, words]
+    content = yaml.safe_load(Path("conf/table/mine.yaml").read_text())
+    content["scale"]["mini"] = {"set": "num_samples=1", "first": {"made/small": "train max_steps=1"}}
+    assert read("mine", content, "mini").first == {"made/small": "train max_steps=1"}  # a scale's own in their place
+    assert read("mine", content, "full").first == {"made/net": "train +experiment=some"}
 
 
 def test_what_a_result_is_made_by(probe: Path) -> None:

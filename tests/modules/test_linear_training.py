@@ -72,6 +72,47 @@ def test_a_network_of_either_factor_is_the_same_noise_model(path, factor):
         torch.testing.assert_close(model(u, t), exact, rtol=1e-9, atol=1e-9)
 
 
+@every
+@pytest.mark.parametrize("factor", ["R", "L"])
+def test_v_has_unit_variance_and_bounded_errors_at_every_time(path, factor):
+    """For data N(0, s^2 I) E v^2 = 1, and with the true v the noise is the one drawn; an error of v is at most as large
+    in eps and s times that in x_0, even where alpha is 1e-6."""
+    s, n, k = 0.7, 5000, path.variables
+    g = torch.Generator().manual_seed(0)
+    x0, eps = (torch.randn(n, c, 4, 4, generator=g, dtype=F64) for c in (1, k))
+    off = torch.nn.functional.normalize(torch.randn(n, 16, generator=g, dtype=F64)).view_as(x0)
+    for time in (1e-3, 0.2, 1.0):
+        t = torch.full((n,), time, dtype=F64)
+        network = Says()
+        model = NetworkNoise(network, path, factor, s, "v")
+        u, (psi, _) = model.noised(s * x0, eps, t), path(t)
+        root = path.root(t) if factor == "R" else path.cholesky(t)
+        q = s * inverse(root) @ psi[..., :1]
+        pull = path.apply(torch.nn.functional.pad(q.mT, (0, 0, 0, k - 1)), path.to_basis(eps))
+        r = (1 + q.mT @ q).sqrt()[:, None, ..., 0, 0]
+        v = (path.data(pull) - path.to_basis(x0)) / (r if path.frequencies else r.reshape(n, 1, 1, 1))
+        assert (v.square().mean((0, 1)) - 1).abs().max() < 0.1
+        found = []
+        for network.out in (path.from_basis(v), path.from_basis(v) + off):
+            found.append(model.output(u, t))
+        torch.testing.assert_close(found[0], eps, rtol=0, atol=1e-7)
+        error = path.to_basis(found[1] - found[0])
+        assert error.flatten(1).norm(dim=1).max() <= 1 + 1e-9
+        of_x0 = path.data(path.apply(root, error)) / psi[:, None, ..., 0, 0].reshape(
+            n, 1, *(path.frequencies or (1, 1))
+        )
+        assert of_x0.flatten(1).norm(dim=1).max() <= s + 1e-7
+
+
+class Says(nn.Module):
+    """A network whose first channel is what it is told."""
+
+    out: Tensor
+
+    def forward(self, u: Tensor, t: Tensor) -> Tensor:
+        return torch.cat([self.out, 1e3 * torch.ones_like(u[:, 1:])], 1)
+
+
 def test_noise_of_training_batches_has_the_states_shape():
     data = [(torch.zeros(2, 4, 4), 0)] * 5
     batch = TrainingBatches(data, 4, 3, 0, variables=2).batch(0)
@@ -112,6 +153,7 @@ def test_a_checkpoint_is_saved_loaded_and_sampled(tmp_path: Path, factor):
         (lambda: EpsDenoiser(MLP(2), CLD()), "prediction=noise"),
         (lambda: NetworkNoise(MLP(2), CLD(), "K"), "R or L"),
         (lambda: NetworkNoise(MLP(2), CLD(), data_std=0.0), "data_std > 0"),
+        (lambda: NetworkNoise(MLP(2), CLD(), predicts="v"), "v with a data_std"),
         (lambda: SNR()(NetworkNoise(MLP(2), CLD()), torch.tensor([0.5])), "weight=constant"),
     ],
 )

@@ -17,7 +17,6 @@ from steadyflow.paths import (
 )
 from steadyflow.samplers import DEIS, ERSDE, IPNDM, DPMpp, SASolver, UniPC
 from steadyflow.samplers.deis import AdamsBashforth
-from steadyflow.samplers.multistep import MultistepSampler
 
 F64 = torch.float64
 BUILDS = {
@@ -187,8 +186,3 @@ def test_a_noise_predicting_network_starts_where_there_is_no_signal(variant):
     sampler = DEIS(path, Uniform(), 5, variant, 3 if variant == "tab" else "heun2")
     out = sampler(EpsDenoiser(Network(), path), NoiseSource(0, range(4), (2,), dtype=F64))
     torch.testing.assert_close(out, torch.zeros(4, 2, dtype=F64), rtol=0, atol=1e-4)  # the network's time is float32
-
-
-def test_the_base_is_abstract():
-    with pytest.raises(TypeError, match="abstract"):
-        MultistepSampler(EDM(), Karras(), 5)

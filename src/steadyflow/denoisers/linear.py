@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import pad
 
 from steadyflow.denoisers.denoiser import Denoiser
 from steadyflow.denoisers.network import call, call_whole
@@ -29,26 +30,41 @@ class NoiseModel(nn.Module, ABC):
 
 
 class NetworkNoise(NoiseModel):
-    """A network trained on a linear diffusion to predict the noise of K_t = R_t or L_t.
+    """A network trained on a linear diffusion to give the noise eps_K of K_t = R_t or L_t. By what it predicts:
 
-        eps_K(u, t) = network(u, t) + K_t^T C_t^-1 u,  C_t = data_std^2 psi psi^T + Sigma_t,  psi = Psi(t, 0) lift(1)
+        eps          eps_K = network
+        eps, s       eps_K = K^T C^-1 u + network,          C = s^2 psi psi^T + Sigma_t,  psi = Psi(t, 0) lift(1)
+        v, s         eps_K = K^T C^-1 u + q network / r,    q = s K^-1 psi,  r = sqrt(1 + |q|^2)
 
-    the second term with `data_std` alone: the mixed score, the exact noise of data N(0, data_std^2 I), so that the
-    network learns what the data are beyond that. Source: Zhang et al. 2023 (gDDIM), Eq. 4-5; Dockhorn et al. 2022,
-    Section 3.2 (mixed score; there of the velocity alone, here of the whole state).
+    with s the data's standard deviation. The first term is the exact noise of data N(0, s^2 I): the mixed score, beyond
+    which the network learns what the data are. What is left of the noise lies along q, as u = psi x_0 + K eps ties it
+    to x_0: v = (q^T eps - x_0 / s) / r, of variance 1 at every time and frequency, has the data's channels alone (the
+    network's first C). It is what an isotropic path calls v. An error of it is at most as large in eps and s times that
+    in x_0; an error of eps is s / |q| times that in x_0, thousands where blurring has left a thousandth, and a flow
+    without fresh noise never forgets it.
+    Source: Zhang et al. 2023 (gDDIM), Eq. 4-5; Dockhorn et al. 2022, Section 3.2 (mixed score; there of the velocity
+    alone, here of the whole state); Salimans & Ho 2022, Section 4 and Karras et al. 2022, Section 5 (isotropic v).
 
     Args:
         network: module called as network(u (B, k C, *rest), t (B,), **condition) -> (B, k C, *rest), in the precision
             of its own parameters.
         path: the linear diffusion it is trained on.
         factor: K, "R" or "L".
-        data_std: the data's standard deviation, or None for no mixed score.
+        data_std: s, or None for no mixed score.
+        predicts: "eps" or "v", which needs data_std.
 
     Raises:
-        ValueError: another factor, data_std <= 0, or a Gaussian path, whose predictions are eps, x0, v ...
+        ValueError: another factor or prediction, data_std <= 0, or a Gaussian path, whose predictions are eps, x0 ...
     """
 
-    def __init__(self, network: nn.Module, path: LinearDiffusion, factor: str = "R", data_std: float | None = None):
+    def __init__(
+        self,
+        network: nn.Module,
+        path: LinearDiffusion,
+        factor: str = "R",
+        data_std: float | None = None,
+        predicts: str = "eps",
+    ):
         super().__init__()
         if not isinstance(path, LinearDiffusion):
             raise ValueError(
@@ -57,9 +73,11 @@ class NetworkNoise(NoiseModel):
             )
         if factor not in ("R", "L"):
             raise ValueError(f"factor must be R or L, got {factor}")
+        if predicts not in ("eps", "v") or (predicts == "v" and data_std is None):
+            raise ValueError(f"predicts must be eps, or v with a data_std, got {predicts} with data_std={data_std}")
         if data_std is not None and not data_std > 0:
             raise ValueError(f"need data_std > 0, or null for no mixed score, got {data_std}")
-        self.network, self.path, self.factor, self.data_std = network, path, factor, data_std
+        self.network, self.path, self.factor, self.data_std, self.predicts = network, path, factor, data_std, predicts
 
     def noised(self, x0: Tensor, eps: Tensor, t: Tensor) -> Tensor:
         """u_t = Psi(t, 0) lift(x0) + K_t eps, for x0 (B, C, *rest), eps (B, k C, *rest) and t (B,)."""
@@ -76,10 +94,14 @@ class NetworkNoise(NoiseModel):
         out = call(self.network, u, t, **condition).to(u.dtype)
         if self.data_std is None:
             return out
-        psi, covariance = self.path(t)
-        psi = psi[..., :1]
-        gain = self._root(t).mT @ inverse(self.data_std**2 * psi @ psi.mT + covariance)
-        return out + self.path.from_basis(self.path.apply(gain, self.path.to_basis(u)))
+        path, root, (psi, covariance) = self.path, self._root(t), self.path(t)
+        q = self.data_std * psi[..., :1]
+        eps = path.apply(root.mT @ inverse(q @ q.mT + covariance), path.to_basis(u))
+        if self.predicts == "eps":
+            return out + path.from_basis(eps)
+        q = inverse(root) @ q
+        along = pad(q / (1 + q.mT @ q).sqrt(), (0, path.variables - 1))  # v is the first variable of a state
+        return path.from_basis(eps + path.apply(along, path.to_basis(path.lift(path.data(out)))))
 
     def forward(self, u: Tensor, t: Tensor, **condition: Tensor) -> Tensor:
         eps = self.output(u, t, **condition)

@@ -205,9 +205,9 @@ def work(config: DictConfig) -> float:
     """The steps of a run, over all its samples."""
     if "max_steps" in config:
         return float(config.max_steps * config.batch_size)
-    return float(
-        (config.get("num_samples") or config.get("num_images") or 1) * ((config.get("sampler") or {}).get("steps") or 1)
-    )
+    sampler = config.get("sampler") or {}
+    steps = sampler.get("nfe") or sampler.get("steps") or 1
+    return float((config.get("num_samples") or config.get("num_images") or 1) * steps)
 
 
 def stale(runs: Sequence[Run]) -> bool:

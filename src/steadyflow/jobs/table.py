@@ -14,6 +14,7 @@ import yaml
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Column as RichColumn
 from rich.table import Table as RichTable
 
@@ -195,7 +196,8 @@ def tell_obstacles(console: Console, found: dict[Cell, Outcome]) -> None:
     notes = Counter((outcome.state, outcome.note) for outcome in found.values())
     for (state, note), count in notes.items():
         what = {"missing": "missing ", "failed": "error "}.get(state, "")
-        console.print(f"  {count} cell{'s' * (count > 1)}: {what}{note}", highlight=False, soft_wrap=True)
+        said = f"  {count} cell{'s' * (count > 1)}: {what}{note}"
+        console.print(said, highlight=False, markup=False, soft_wrap=True)
 
 
 def estimate(runs: list[Any]) -> float | None:
@@ -216,7 +218,8 @@ def tell_plan(console: Console, every: list[Any], waiting: list[Any], failed: di
     for run in every:
         seconds = run.seconds() if run not in waiting else None if rate is None else rate * run.work
         state = failed.get(run.directory) or ("to run" if run in waiting else "stands")
-        shown.add_row(run.directory.name[:8], " ".join(run.words), state, "" if seconds is None else f"{seconds:.1f}")
+        words = escape(" ".join(run.words))
+        shown.add_row(run.directory.name[:8], words, escape(state), "" if seconds is None else f"{seconds:.1f}")
     console.print(shown)
     total = None if rate is None else rate * sum(run.work for run in waiting)
     said = "nothing" if not waiting else "no estimate" if total is None else f"about {_duration(total)}"

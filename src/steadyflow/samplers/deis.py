@@ -141,11 +141,7 @@ class AdamsBashforth(NoiseMultistep):
         degree = int(order)
         weights, error = adams_integrals(path, self.times, range(1, degree + 1), VARIABLES[variant], None, lower_final)
         self.quadrature_error = float((path(self.times[1:])[0] * error).max())
-        self._table = self.rows(weights)
-
-    @property
-    def table(self) -> Tensor:
-        return self._table
+        self.table = self.rows(weights)
 
 
 class IPNDM(NoiseMultistep):
@@ -180,11 +176,7 @@ class IPNDM(NoiseMultistep):
         for n in range(1, self.steps):
             past = self.PAST[min(n, order)]
             weights[n, : len(past)] = (rho[n + 1] - rho[n]) * rho.new_tensor(past)
-        self._table = self.rows(weights)
-
-    @property
-    def table(self) -> Tensor:
-        return self._table
+        self.table = self.rows(weights)
 
 
 class RungeKutta(OneStepSampler):

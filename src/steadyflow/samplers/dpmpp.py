@@ -48,8 +48,4 @@ class DPMpp(DataMultistep):
         if lower_final:
             slope[-1] = 0.0
         gain = shrink**eta
-        self._table = self.rows(gain, -((1 - gain * shrink) * slope).unsqueeze(1))
-
-    @property
-    def table(self) -> Tensor:
-        return self._table
+        self.table = self.rows(gain, -((1 - gain * shrink) * slope).unsqueeze(1))

@@ -58,7 +58,7 @@ class ERSDE(DataMultistep):
             return -(rho[n + 1] / at) * self.gain(at, rho[n + 1]) * (1 + self.slope(at)) / at
 
         weights, _ = adams_integrals(path, self.times, range(1, order), "rho", rate, lower_final)
-        self._table = self.rows(self.gain(rho[:-1], rho[1:]), weights)
+        self.table = self.rows(self.gain(rho[:-1], rho[1:]), weights)
 
     def gain(self, rho: Tensor, rho_next: Tensor) -> Tensor:
         """psi(rho_next) / psi(rho)."""
@@ -73,7 +73,3 @@ class ERSDE(DataMultistep):
         if self.scale != "er_sde_5":
             return torch.full_like(rho, 0.0 if self.scale == "ode" else 1.0)
         return 0.3 * rho**0.3 / (1 + 10 * torch.exp(-(rho**0.3)))
-
-    @property
-    def table(self) -> Tensor:
-        return self._table

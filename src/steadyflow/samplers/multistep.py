@@ -1,6 +1,5 @@
 """Samplers that remember: one denoiser call a step, and the outputs of the last few steps."""
 
-from abc import abstractmethod
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -33,7 +32,8 @@ class MultistepSampler(Sampler):
 
     with the outputs h = D of the last q steps or, where `keeps_noise`, h = x - alpha D = sigma eps of them. A, B, C and
     std are functions of the path and the grid alone: a table (N, q + 3), computed once and used for every batch. A
-    predictor with a corrector that spends no call of its own is such a method too (see `corrected`).
+    predictor with a corrector that spends no call of its own is such a method too (see `corrected`). A method is an
+    __init__ that makes its table.
 
     The first steps have no past: their C are 0, which is the method of lower order. The state and the history are
     float32 or float64, whatever the precision of the network.
@@ -47,6 +47,7 @@ class MultistepSampler(Sampler):
 
     keeps_noise = False  # whether the history is of sigma eps instead of D
     stochastic = False
+    table: Tensor  # (A, B, C_1, ..., C_q, std) of each step, float64
 
     def __init__(self, path: GaussianPath, grid: Grid | Tensor | Sequence[float], steps: int | None = None):
         self.path = path
@@ -57,11 +58,6 @@ class MultistepSampler(Sampler):
     def steps(self) -> int:
         """N, the number of denoiser calls as well."""
         return len(self.times) - 1
-
-    @property
-    @abstractmethod
-    def table(self) -> Tensor:
-        """(A, B, C_1, ..., C_q, std) of each step, (N, q + 3) float64."""
 
     def schedule(self, x: Tensor) -> list[Step]:
         """The steps of the grid, their coefficients beside a state x; kept for the next batch."""

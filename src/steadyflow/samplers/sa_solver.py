@@ -65,8 +65,4 @@ class SASolver(DataMultistep):
         predict = adams_integrals(path, self.times, range(1, predictor), "log_rho", rate, lower_final)[0]
         ahead = (-1, *range(1, corrector))
         correct = adams_integrals(path, self.times, ahead, "log_rho", rate, lower_final)[0] if corrector else None
-        self._table = self.rows((rho[1:] / rho[:-1]) ** power, predict, correct)
-
-    @property
-    def table(self) -> Tensor:
-        return self._table
+        self.table = self.rows((rho[1:] / rho[:-1]) ** power, predict, correct)

@@ -59,8 +59,4 @@ class UniPC(DataMultistep):
             return torch.where(line & (w != 0), (1 - rho[n + 1] / rho[n]) / (2 * away), w)
 
         past = [*range(1, order)]
-        self._table = self.rows(torch.ones(self.steps, dtype=torch.float64), weights(past), weights([-1, *past]))
-
-    @property
-    def table(self) -> Tensor:
-        return self._table
+        self.table = self.rows(torch.ones(self.steps, dtype=torch.float64), weights(past), weights([-1, *past]))

@@ -116,9 +116,10 @@ def read(name: str, config: Mapping[str, Any], scale: str | None = None) -> Tabl
         rows: {LABEL: {set: "sampler.steps=10", needs: [...], where: {SR: "sampler.weight=1"}}}
         published: {ROW: [a value for each column; `none` where the source has no such cell]}, or null
         scale: {mini: "dataset=digits checkpoint=digits32 num_samples=256"}      further overrides, by scale;
-                                              also {set: ..., needs: [...]}; and in a row, of that row
+                                              also {set: ..., needs: [...], first: {...}}; and in a row, of that row
         seeds: [0, 1, 2]                      of each cell, [0] without
-        first: {outputs/net: "train +experiment=..."}     runs that the cells read, as commands without hydra.run.dir
+        first: {outputs/net: "train +experiment=..."}     runs that the cells read, as commands without hydra.run.dir; a
+                                              scale's own in their place
 
     A row (a column) that holds `rows` (`columns`) is a group of them. What it says holds for all of them, and their
     labels begin with its own, as in `published`; groups of the same rows share them by YAML's anchors:
@@ -166,7 +167,7 @@ def read(name: str, config: Mapping[str, Any], scale: str | None = None) -> Tabl
     if list(values) != list(rows):
         raise ValueError(f"table {name}: the rows of `published` must be those of `rows`, in their order")
     further = scales[chosen] if isinstance(scales[chosen], Mapping) else {"set": scales[chosen]}
-    common = overrides(str(further.get("set") or ""))
+    common, first = overrides(str(further.get("set") or "")), further.get("first", config.get("first"))
     cells = []
     for row, (_, r) in rows.items():
         extra = common | overrides(r["scale"].get(chosen, ""))
@@ -201,7 +202,7 @@ def read(name: str, config: Mapping[str, Any], scale: str | None = None) -> Tabl
         {column: labels for column, (labels, _) in columns.items()},
         tuple(cells),
         str(config.get("notes") or "").strip(),
-        {str(directory): str(command) for directory, command in (config.get("first") or {}).items()},
+        {str(directory): str(command) for directory, command in (first or {}).items()},
     )
 
 
