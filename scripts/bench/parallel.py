@@ -10,7 +10,8 @@ The table counts the sweeps (network calls one after another) until a sample is 
     digits100    the embedded checkpoint digits32, T = 100, 2 images
     digits1000   the same at T = 1000, 1 image
 
-It takes about 12 minutes of one core, most of it digits1000.
+Most of the time is digits1000's: a sweep is 1000 evaluations, of some 2.5 ms on one core, and each of the twelve rows
+takes up to 30 sweeps, so some ten minutes; --problem ring 3072-D digits100 leaves it out.
 
 --claims 64,8 adds what the preset `sampler=parallel` takes on digits32, T = 100 with 64 images and T = 1000 with 8:
 error of each image, sweeps, evaluations, seconds and FID beside sequential DDIM; an hour on a processor. On CUDA follow
