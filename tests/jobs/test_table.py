@@ -17,6 +17,7 @@ from PIL import Image
 
 import steadyflow.jobs
 from steadyflow import cli
+from steadyflow.jobs import cell_runs
 from steadyflow.tables.cells import read
 
 PROBE = """
@@ -218,6 +219,13 @@ def test_a_failed_cell_is_told_and_the_table_stands(
     assert "| two | failed[1] (2.0) |" in Path("outputs/table/mine/full/table.md").read_text()
     (kept,) = [file for file in Path("outputs/table/cells/probe").glob("*/error.txt") if "a bug" in file.read_text()]
     assert 'raise KeyError("a bug")' in kept.read_text()  # the traceback is not lost
+
+
+def test_a_key_that_reads_as_a_number_is_a_name(probe: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = cell_runs.digest
+    monkeypatch.setattr(cell_runs, "digest", lambda *a, **k: f"{int(whole(*a, **k)[:8], 16)}e400")
+    assert table("scale=full") == 0
+    assert float(rows()["two", "FID"]["ours"]) == 2.25
 
 
 def test_a_number_that_the_run_does_not_have(probe: Path) -> None:

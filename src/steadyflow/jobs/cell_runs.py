@@ -172,7 +172,8 @@ class Cells:
             master.hydra.launcher = hydra.launcher
         context = HydraContext(config_loader=loader, callbacks=_no_callbacks())
         launcher = Plugins.instance().instantiate_launcher(hydra_context=context, task_function=task, config=master)
-        batch = [[*run.words, f"hydra.sweep.subdir={run.directory.name}"] for run in runs]
+        # quoted, as a key may read as a number: 12e400 is no directory inf
+        batch = [[*run.words, f"hydra.sweep.subdir={quoted(run.directory.name)}"] for run in runs]
         try:
             results = launcher.launch(batch, initial_job_idx=0)
         finally:
