@@ -274,7 +274,9 @@ def test_dry_run_times_the_first_cell(probe: Path, capsys: pytest.CaptureFixture
     assert ran()[1:] == ["2 1 4", "3 0 4", "3 1 4"]
     capsys.readouterr()
     assert table("scale=full", "dry=true") == 0
-    assert "0 of 4 runs are missing: nothing" in " ".join(capsys.readouterr().out.split())
+    assert "0 of 4 runs are missing: nothing; cells that cannot be run, see above: 2" in " ".join(
+        capsys.readouterr().out.split()
+    )
 
 
 def test_missing_files_are_listed_before_anything_runs(probe: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -5,7 +5,7 @@ from torch import Tensor
 
 from steadyflow.denoisers import Denoiser, denoise_and_pull
 from steadyflow.paths import accumulate
-from steadyflow.restorers.restorer import VARIANCES, Measurement, posterior_variance
+from steadyflow.restorers.restorer import VARIANCES, Measurement, posterior_variance, require_variance
 
 MAX_RATIO = 1e3  # of sigma / alpha; more is read as this: J falls with alpha, and rounding divided by it does not
 GAMMAS = ("constant", "adaptive", "conjugate", "vp_ode")
@@ -46,14 +46,12 @@ class PiGDM(Denoiser):
         r2: str = "vp",
     ):
         super().__init__()
-        if r2 not in VARIANCES:
-            raise ValueError(f"r2 is one of {', '.join(VARIANCES)}, got '{r2}'")
         if gamma not in GAMMAS:
             raise ValueError(f"gamma is one of {', '.join(GAMMAS)}, got '{gamma}'")
         if not 0 < weight < float("inf"):
             raise ValueError(f"the guidance weight must be positive, got {weight}")
         self.denoiser, self.measurement, self.weight, self.gamma = denoiser, measurement, float(weight), gamma
-        self.r2 = r2
+        self.r2 = require_variance(r2)
 
     def forward(self, x: Tensor, alpha: Tensor, sigma: Tensor, y: Tensor | None = None, **condition: Tensor) -> Tensor:
         alpha = torch.maximum(alpha, sigma / MAX_RATIO)

@@ -85,7 +85,7 @@ def run(cfg: DictConfig) -> dict[str, Any] | None:
         if waiting and estimate(every) is None:
             failed = cells.launch(waiting[:1])
             waiting = waiting[len(waiting[:1]) - len(failed) :]
-        return tell_plan(console, every, waiting, failed)
+        return tell_plan(console, every, waiting, failed, len(found))
     if waiting:
         console.print(
             f"{len(every) - len(waiting)} of {len(every)} runs stand; {len(waiting)} to run{_soon(waiting, every)}"
@@ -211,8 +211,10 @@ def _soon(waiting: list[Any], every: list[Any]) -> str:
     return "" if rate is None else f", about {_duration(rate * sum(run.work for run in waiting))} one after another"
 
 
-def tell_plan(console: Console, every: list[Any], waiting: list[Any], failed: dict[Path, str]) -> dict[str, Any]:
-    """Lists the runs with the time each takes or will take."""
+def tell_plan(
+    console: Console, every: list[Any], waiting: list[Any], failed: dict[Path, str], held_up: int
+) -> dict[str, Any]:
+    """Lists the runs with the time each takes or will take, and counts the cells that nothing can be run for."""
     rate = estimate(every)
     shown = RichTable("run", "overrides", "state", "seconds")
     for run in every:
@@ -222,8 +224,11 @@ def tell_plan(console: Console, every: list[Any], waiting: list[Any], failed: di
         shown.add_row(run.directory.name[:8], words, escape(state), "" if seconds is None else f"{seconds:.1f}")
     console.print(shown)
     total = None if rate is None else rate * sum(run.work for run in waiting)
-    said = "nothing" if not waiting else "no estimate" if total is None else f"about {_duration(total)}"
-    console.print(f"{len(waiting)} of {len(every)} runs are missing: {said}, one after another")
+    said = (
+        "nothing" if not waiting else "no estimate" if total is None else f"about {_duration(total)}, one after another"
+    )
+    rest = f"; cells that cannot be run, see above: {held_up}" if held_up else ""
+    console.print(f"{len(waiting)} of {len(every)} runs are missing: {said}{rest}")
     return {"runs": len(every), "missing": len(waiting), "seconds": total}
 
 

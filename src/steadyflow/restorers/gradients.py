@@ -8,7 +8,7 @@ from torch import Tensor
 from steadyflow.denoisers import Denoiser, denoise_and_pull
 from steadyflow.grids import Grid
 from steadyflow.paths import GaussianPath
-from steadyflow.restorers.restorer import VARIANCES, Measurement, posterior_variance
+from steadyflow.restorers.restorer import Measurement, posterior_variance, require_variance
 from steadyflow.restorers.stepwise import StepwiseRestorer, ancestral, level, require_share
 
 TINY = 1e-30  # in the place of the square of no guidance
@@ -49,9 +49,7 @@ class PiGDM(StepwiseRestorer):
         super().__init__(path, grid, steps, init)
         if not 0 < weight < float("inf"):
             raise ValueError(f"the guidance weight must be positive, got {weight}")
-        if r2 not in VARIANCES:
-            raise ValueError(f"r2 is one of {', '.join(VARIANCES)}, got '{r2}'")
-        self.weight, self.eta, self.r2 = float(weight), require_share("eta", eta), r2
+        self.weight, self.eta, self.r2 = float(weight), require_share("eta", eta), require_variance(r2)
 
     def update(
         self,

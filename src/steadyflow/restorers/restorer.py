@@ -110,6 +110,13 @@ class Measurement:
             raise ValueError(f"{method} reproduces y, its noise too; it needs sigma_y=0, got {self.sigma_y}")
 
 
+def require_variance(name: str) -> str:
+    """The name of an r^2, or a ValueError."""
+    if name not in VARIANCES:
+        raise ValueError(f"r2 is one of {', '.join(VARIANCES)}, got '{name}'")
+    return name
+
+
 def posterior_variance(alpha: Tensor, sigma: Tensor, of: str = "vp") -> Tensor:
     """r^2 of the approximation p(x_0 | x) = N(D, r^2 I), of the shape of alpha and sigma:
 

@@ -11,10 +11,8 @@ WORKS = {
     "001": "Zhang 2023",  # Learning, Sampling and Inference with Stochastic Differential Equations, Georgia Tech
     "002": "Fast Samplers for Inverse Problems",  # in Iterative Refinement Models: C-PiGDM
 }
-KEYS = {
-    *("title", "source", "job", "set", "needs", "columns", "rows", "published", "notes", "scale", "seeds", "factor"),
-    "first",
-}
+KEYS = {"title", "source", "job", "notes", "set", "needs", "first", "scale", "seeds", "factor"}  # of a table
+KEYS |= {"columns", "rows", "published"}
 PARTS = {"rows": {"set", "needs", "where", "scale"}, "columns": {"set", "needs", "metric", "factor"}}
 
 
