@@ -2,8 +2,9 @@
 
     python scripts/operators.py IMAGE ... [--size 256] [--sigma-y 0] [--only NAME ...] [--out outputs/operators.png]
 
-The operators are those of configs/task and a few that no task has. Of each image the middle size x size pixels are
-taken. Measurements that are no picture (Walsh-Hadamard, Fourier) are shown as the logarithm of their size.
+The operators are those of configs/task, except where they read a file of the user's, and a few that no task has. Of each
+image the middle size x size pixels are taken. Measurements that are no picture (Walsh-Hadamard, Fourier) are shown as
+the logarithm of their size.
 """
 
 import argparse
@@ -29,7 +30,6 @@ MORE: dict[str, Maker] = {
     "blur, zero boundary": partial(linear.Blur, boundary="zero"),
     "turned Gaussian": partial(linear.Convolution, kernel=linear.gaussian_kernel(31, (6.0, 1.0), 30.0)),
     "out of focus, reflect": partial(linear.Convolution, kernel=linear.disk_kernel(15, 6.0), boundary="reflect"),
-    "Fourier lines": partial(linear.Fourier, mask=partial(linear.cartesian_lines, acceleration=4.0)),
     "grey, blur, average": partial(
         linear.Composition,
         parts=[linear.Colorization, partial(linear.Blur, std=1.5), partial(linear.SuperResolution, factor=4)],
@@ -38,15 +38,13 @@ MORE: dict[str, Maker] = {
         linear.Stack,
         parts=[partial(linear.Convolution, kernel=linear.motion_kernel(31, 20.0, angle)) for angle in (30.0, 120.0)],
     ),
-    "clip": linear.Clip,
-    "2 bits": linear.Quantise,
 }
 
 
 def makers() -> dict[str, Maker]:
-    tasks = {}
-    for file in sorted((ROOT / "configs" / "task").glob("*.yaml")):
-        tasks[file.stem] = partial(instantiate, OmegaConf.load(file).operator)
+    files = sorted((ROOT / "configs" / "task").glob("*.yaml"))
+    configs = {file.stem: OmegaConf.load(file) for file in files}
+    tasks = {k: partial(instantiate, c.operator) for k, c in configs.items() if not OmegaConf.is_missing(c, "file")}
     return {name: lambda shape, make=make: make(shape=shape) for name, make in (tasks | MORE).items()}
 
 

@@ -1,5 +1,6 @@
 """Every task's operator is made, from its config and the shape of an image alone."""
 
+import runpy
 from pathlib import Path
 
 import numpy as np
@@ -32,3 +33,10 @@ def test_task(file: Path, tmp_path: Path) -> None:
     if file.stem in SWEPT:  # what people sweep stands at the top and reaches the operator
         other = instantiate(OmegaConf.merge(task, SWEPT[file.stem]).operator, shape=(3, 32, 32))
         assert not torch.equal(other(x), y)
+
+
+def test_the_script_that_draws_operators_makes_every_task_but_those_that_need_a_file() -> None:
+    makers = runpy.run_path(str(TASKS.parents[1] / "scripts" / "operators.py"))["makers"]()
+    assert {file.stem for file in TASKS.glob("*.yaml")} - set(makers) == {"inpaint_file"}
+    for make in makers.values():
+        assert make((3, 32, 32)).shape == (3, 32, 32)
