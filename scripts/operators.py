@@ -2,7 +2,7 @@
 
     python scripts/operators.py IMAGE ... [--size 256] [--sigma-y 0] [--only NAME ...] [--out outputs/operators.png]
 
-The operators are those of configs/task, except where they read a file of the user's, and a few that no task has. Of each
+The operators are those of configs/task, but where one reads a file of the user's, and a few that no task has. Of each
 image the middle size x size pixels are taken. Measurements that are no picture (Walsh-Hadamard, Fourier) are shown as
 the logarithm of their size.
 """

@@ -8,7 +8,8 @@ few of them, between two modes, make half of it). `spectrum`: 3072 dimensions, 1
 over 128 samples of its root mean square entry.
 
 The claims: the best of ours at most the best of theirs; ours at the same order and grid not worse, of ours as it is and
-with the order lowered at the end the better; with --scan, no jump of an error between N and N + 1 steps (minutes on `spectrum`; --samples 16 shows it too).
+with the order lowered at the end the better; with --scan, no jump of an error between N and N + 1 steps (long on
+`spectrum`: with --samples 16, minutes).
 """
 
 import argparse
