@@ -14,12 +14,14 @@ help:  ## this list
 
 setup: $(STAMP)  ## build .venv with the pinned packages
 
+# Bytecode at once: where PYTHONDONTWRITEBYTECODE is set, as in many containers, each command would compile torch anew.
 $(STAMP): pyproject.toml requirements.lock
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
 		{ echo "steadyflow needs Python 3.11 or newer; make setup PYTHON=/path/to/python3.11" >&2; exit 1; }
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check uv==$(UV_VERSION)
-	$(BIN)/uv pip install --quiet --python $(BIN)/python --constraints requirements.lock --editable '.[dev,bench]'
+	$(BIN)/uv pip install --quiet --compile-bytecode --python $(BIN)/python --constraints requirements.lock \
+		--editable '.[dev,bench]'
 	@touch $@
 
 demo: setup  ## sample the embedded checkpoint with three samplers, score it, save the picture

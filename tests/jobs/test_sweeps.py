@@ -1,13 +1,13 @@
 """The presets `+sweep=...`: each makes a multirun by itself."""
 
 import json
-import subprocess
-import sys
 from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
 import yaml
+
+from steadyflow import cli
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 POINTS = ["dataset=gaussian_mixture", "checkpoint=analytic", "callbacks=none", "logger=none", "num_samples=2"]
@@ -34,15 +34,14 @@ def test_every_preset_is_run_here_and_is_a_multirun() -> None:
     assert all(preset["hydra"]["mode"] == "MULTIRUN" for preset in presets.values())
 
 
-@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")  # of the plugins
 @pytest.mark.parametrize("preset", SWEEPS)
-def test_preset(preset: str, tmp_path: Path) -> None:
+def test_preset(preset: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     plugin, parameters, count = SWEEPS[preset]
     if plugin and not find_spec(f"hydra_plugins.{plugin}"):
         pytest.skip(f"{plugin} is not installed")
-    command = [sys.executable, "-m", "steadyflow", "sample", *POINTS, f"+sweep={preset}", *parameters]
-    done = subprocess.run([*command, "hydra.sweep.dir=sweep"], cwd=tmp_path, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
+    monkeypatch.chdir(tmp_path)
+    assert cli.main(["sample", *POINTS, f"+sweep={preset}", *parameters, "hydra.sweep.dir=sweep"]) == 0
     found = sorted((tmp_path / "sweep").glob("*/metrics.json"))
     assert [file.parent.name for file in found] == [str(n) for n in range(count)]
     configs = [yaml.safe_load((file.parent / ".hydra" / "config.yaml").read_text())["sampler"] for file in found]
