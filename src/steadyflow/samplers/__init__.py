@@ -11,6 +11,7 @@ from steadyflow.samplers.heun import Heun
 from steadyflow.samplers.likelihood import Likelihood
 from steadyflow.samplers.linear import EulerMaruyama, LinearRK45, LinearSampler
 from steadyflow.samplers.parallel import Parallel, in_parallel
+from steadyflow.samplers.predictor_corrector import PredictorCorrector
 from steadyflow.samplers.restart import Restart
 from steadyflow.samplers.rk45 import RK45
 from steadyflow.samplers.sa_solver import SASolver
@@ -36,6 +37,7 @@ __all__ = [
     "OneStepSampler",
     "Parallel",
     "Parareal",
+    "PredictorCorrector",
     "Restart",
     "SASolver",
     "Sampler",
