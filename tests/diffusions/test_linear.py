@@ -89,22 +89,23 @@ def test_rate_is_half_g_gt_root_inverse_transposed(diffusion):
 
 
 @every
-@pytest.mark.parametrize("lambda_", [0.0, 0.5, 1.0])
-def test_damped_transition_solves_its_equation(diffusion, lambda_):
-    def rate(t, x):
-        pull = 0.5 * (1 + lambda_**2) * noise_covariance(diffusion, t) @ inverse(diffusion.covariance(t))
-        return (diffusion.drift(t) + pull) @ x
+def test_damped_transition_solves_its_equation(diffusion):
+    lambdas = torch.tensor([0.0, 0.5, 1.0], dtype=F64).reshape(3, *[1] * diffusion.root(1.0).ndim)
+
+    def rate(t, x):  # (lambda, ...)
+        pull = 0.5 * noise_covariance(diffusion, t) @ inverse(diffusion.covariance(t))
+        return (diffusion.drift(t) + (1 + lambdas**2) * pull) @ x
 
     t, s = torch.tensor([0.05, 0.2, 0.6], dtype=F64), torch.tensor([0.9, 0.3, 0.65], dtype=F64)
-    found = diffusion.damped_transition(t, s, lambda_)
+    found = torch.stack([diffusion.damped_transition(t, s, float(lambda_)) for lambda_ in lambdas])
     for k in range(3):
-        eye = torch.eye(diffusion.variables, dtype=F64).expand_as(found[k]).contiguous()
+        eye = torch.eye(diffusion.variables, dtype=F64).expand_as(found[:, k]).contiguous()
         exact = solved(rate, eye, float(s[k]), float(t[k]))
-        torch.testing.assert_close(found[k], exact, rtol=1e-9, atol=1e-9)
-    closed = {0.0: diffusion.root(t) @ inverse(diffusion.root(s))}
-    closed[1.0] = diffusion.covariance(t) @ diffusion.transition(s, t).mT @ inverse(diffusion.covariance(s))
-    if lambda_ in closed:
-        torch.testing.assert_close(found, closed[lambda_], rtol=1e-9, atol=1e-9)
+        torch.testing.assert_close(found[:, k], exact, rtol=1e-9, atol=1e-9)
+    closed = diffusion.root(t) @ inverse(diffusion.root(s))
+    torch.testing.assert_close(found[0], closed, rtol=1e-9, atol=1e-9)
+    closed = diffusion.covariance(t) @ diffusion.transition(s, t).mT @ inverse(diffusion.covariance(s))
+    torch.testing.assert_close(found[2], closed, rtol=1e-9, atol=1e-9)
 
 
 CLD_VALUES = {  # the oracle: Psi(t, 0); Sigma xx, xv, vv; L xx, xv, vv; theta; R
