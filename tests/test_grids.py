@@ -94,6 +94,7 @@ def test_karras_stays_within_what_the_path_reaches():
     path = VarianceExploding(0.01, 50.0)
     times = Karras(0.002, 80.0, zero=False)(path, 5)
     assert times[[0, -1]].tolist() == pytest.approx([1, 0], abs=1e-12)
+    assert torch.equal(Karras(0.002, 80.0)(path, 5), times)  # at t = 0 already: no step is left for a zero
     with pytest.raises(ValueError, match="lies outside"):
         Karras(60.0, 80.0)(path, 5)
 

@@ -160,6 +160,13 @@ def test_cosine_is_nichol_and_dhariwals():
     assert (Cosine()(t)[0] ** 2).tolist() == pytest.approx(expected, rel=1e-11)
 
 
+@pytest.mark.parametrize("s", [0.0, 0.001, 0.005, 0.008])
+def test_cosine_ends_without_signal(s):
+    """cos(pi / 2) of a rounded pi is not 0, and for some s below it."""
+    assert Cosine(s)(1.0)[0] == 0
+    assert Cosine(s).ratio(1.0) == math.inf
+
+
 def test_straight_paths():
     t = torch.linspace(0, 1, 11, dtype=torch.float64)
     assert torch.equal(torch.stack(ConditionalOT()(t)), torch.stack([1 - t, t]))

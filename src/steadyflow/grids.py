@@ -110,7 +110,8 @@ class Karras(Grid):
 
         rho_i = [sigma_max^(1/p) + i / (N - 1) (sigma_min^(1/p) - sigma_max^(1/p))]^p,  i < N,  rho_N = 0
 
-    On a path with alpha = 1, as EDM's, rho is sigma. Limits that the path does not reach are its own ends.
+    On a path with alpha = 1, as EDM's, rho is sigma. Limits that the path does not reach are its own ends; one that has
+    noise of more than sigma_min at t = 0, as a variance-exploding path may, has no step after it.
     Source: Karras et al. 2022, Eq. 5.
 
     Args:
@@ -128,14 +129,16 @@ class Karras(Grid):
         self.sigma_min, self.sigma_max, self.rho, self.zero = float(sigma_min), float(sigma_max), float(rho), zero
 
     def __call__(self, path: GaussianPath, steps: int) -> Tensor:
-        u = _unit(steps, self.zero)
         low, high = path.ratio(torch.tensor([0.0, 1.0], dtype=torch.float64)).tolist()
         first, last = min(self.sigma_max, high), max(self.sigma_min, low)
         if not first > last:
             raise ValueError(f"the path's sigma / alpha, {low:.3g} to {high:.3g}, lies outside sigma_min..sigma_max")
-        return _close(
-            path.time_at(((1 - u) * first ** (1 / self.rho) + u * last ** (1 / self.rho)) ** self.rho), self.zero
-        )
+        zero = self.zero and last > low
+        u = _unit(steps, zero)
+        times = path.time_at(((1 - u) * first ** (1 / self.rho) + u * last ** (1 / self.rho)) ** self.rho)
+        if last == low:
+            times[-1] = 0.0  # but for rounding
+        return _close(times, zero)
 
 
 class Indices(Grid):

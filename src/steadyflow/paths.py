@@ -192,14 +192,15 @@ class Cosine(GaussianPath):
         self._start = self._rate * self.s  # theta_0
 
     def __call__(self, t: Time) -> tuple[Tensor, Tensor]:
-        angle = self._rate * _float64(t)  # theta - theta_0; sigma^2 as a product, free of cancellation at small t
+        t = _float64(t)
+        angle = self._rate * t  # theta - theta_0; sigma^2 as a product, free of cancellation at small t
         scale = 1 / math.cos(self._start)
         sigma = scale * torch.sqrt(torch.sin(angle) * torch.sin(angle + 2 * self._start))
-        return scale * torch.cos(angle + self._start), sigma
+        return scale * torch.sin(self._rate * (1 - t)), sigma  # of pi / 2 - theta: 0 at t = 1, never below
 
     def derivative(self, t: Time) -> tuple[Tensor, Tensor]:
         alpha, sigma = self(t)
-        dalpha = -self._rate / math.cos(self._start) * torch.sin(self._rate * _float64(t) + self._start)
+        dalpha = -self._rate / math.cos(self._start) * torch.cos(self._rate * (1 - _float64(t)))
         at_zero = math.inf if self.s > 0 else self._rate
         return dalpha, torch.where(sigma > 0, -alpha * dalpha / sigma, at_zero)
 

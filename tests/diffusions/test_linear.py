@@ -185,6 +185,13 @@ def test_bdm_basis_is_the_orthonormal_cosine_transform():
     torch.testing.assert_close(bdm.from_basis(bdm.to_basis(x)), x, rtol=0, atol=1e-14)
 
 
+def test_bdm_keeps_its_precision_under_autocast():
+    bdm, x = DIFFUSIONS["bdm"], torch.linspace(-1, 1, 24).reshape(2, 1, 3, 4)
+    with torch.autocast("cpu", torch.bfloat16):
+        y = bdm.to_basis(x)
+    assert torch.equal(y, bdm.to_basis(x))
+
+
 def test_bdm_without_blur_is_its_path():
     path, t = VariancePreserving(), torch.tensor([0.2, 0.9], dtype=F64)
     mean, _ = BDM(path, size=4, blur_max=0.0)(t)

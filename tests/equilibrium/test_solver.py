@@ -136,6 +136,13 @@ def test_best_iterate_is_returned_not_the_last() -> None:
     assert solution.status.item() == Status.CAP
 
 
+def test_what_converged_is_returned_though_another_residual_was_smaller() -> None:
+    steps = iter([1e-3, 100.0, 2e-3])  # of f(z) - z: relative to f(z), the last alone is small
+    solution = Picard(rtol=1e-4)(lambda z: z + next(steps), torch.zeros(1, 1))
+    assert solution.converged.all()
+    assert solution.z.item() == pytest.approx(100.003)
+
+
 def test_start_at_the_solution() -> None:
     solution = Anderson()(lambda z: z, torch.ones(2, 3))
     assert solution.iterations.tolist() == [1, 1]

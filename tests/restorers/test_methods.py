@@ -322,7 +322,16 @@ def test_bad_input_is_said_in_one_line(measured: Callable[..., Measurement]) -> 
     with pytest.raises(ValueError, match="need 0 < scale < 2 and descents >= 1, got 0 and 3"):
         FlowDPS(OT, Uniform(), 4, scale=0)
     clip = Clip((1, 2, 2))
-    bent = Measurement(torch.zeros(1, 1, 2, 2), clip)
-    for name in ("ddrm", "red_diff", "flow_dps"):
+    for name in ("ddrm", "red_diff", "flow_dps", "ddnm"):
+        bent = Measurement(torch.zeros(1, 1, 2, 2), clip, sigma_y=0.1)
         with pytest.raises(ValueError, match="Clip is not linear"):
             METHODS[name]()(Gaussian(torch.zeros(1, 2, 2), 1.0), bent, NoiseSource(0, [0], (1, 2, 2)))
+
+
+def test_the_gradient_of_a_misfit_keeps_its_precision_under_autocast() -> None:
+    x = torch.linspace(-1, 1, 36).reshape(1, 1, 6, 6)
+    measurement = Measurement(0 * x, Blur((1, 6, 6), std=1.0, size=3))
+    with torch.autocast("cpu", torch.bfloat16):
+        norm, slope = measurement.misfit(x)
+    blurred = measurement.operator(x)
+    torch.testing.assert_close(slope, measurement.operator.adjoint(blurred) / norm, rtol=1e-5, atol=1e-6)

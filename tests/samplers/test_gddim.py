@@ -10,7 +10,7 @@ from steadyflow.diffusions import BDM, CLD, Isotropic
 from steadyflow.diffusions.linear import inverse
 from steadyflow.grids import Quadratic
 from steadyflow.noise import NoiseSource
-from steadyflow.paths import VariancePreserving
+from steadyflow.paths import Cosine, DiscreteVariancePreserving, VariancePreserving
 from steadyflow.samplers import DDIM, DEIS, GDDIM, EulerMaruyama, LinearRK45
 
 F64 = torch.float64
@@ -156,6 +156,12 @@ def test_on_a_gaussian_path_it_is_stochastic_ddim(ring, lambda_):
         torch.testing.assert_close(DDIM(VP, Quadratic(), 6, eta=1.0)(ring, noise), x, rtol=1e-10, atol=1e-10)
 
 
+def test_a_path_with_knots_is_integrated_between_them(ring):
+    path, noise = DiscreteVariancePreserving(), NoiseSource(3, range(5), (2,), dtype=F64)
+    x = GDDIM(path, Quadratic(), 6, order=2)(ring, noise)
+    torch.testing.assert_close(x, DEIS(path, Quadratic(), 6, order=1)(ring, noise), rtol=0, atol=1e-9)
+
+
 @every
 def test_coefficients_of_a_polynomial_noise(diffusion):
     """sum_j C_j p(t_j) = int Psi B p for any polynomial of degree q - 1; for p = 1 in closed form."""
@@ -271,6 +277,7 @@ def test_float32_noise_gives_float32_samples_of_the_same_quality():
         (lambda: DDIM(CLD(), [1.0, 0.0]), "sampler=gddim"),
         (lambda: EulerMaruyama(CLD(), [1.0, 0.0], lambda_=-1.0), "lambda_ >= 0"),
         (lambda: LinearRK45(CLD(), end=0.0), "end > 0"),
+        (lambda: LinearRK45(Cosine()), "no signal at t = 1"),
     ],
 )
 def test_mistakes_are_named(build, message):

@@ -83,6 +83,13 @@ def test_a_sample_does_not_depend_on_its_batch(ring):
     assert counted.rows == 2 * rows
 
 
+def test_the_state_keeps_its_precision_under_autocast(ring):
+    sampler, noise = RK45(ConditionalOT()), NoiseSource(0, range(3), (2,))
+    with torch.autocast("cpu", torch.bfloat16):
+        x = sampler(ring, noise)
+    assert torch.equal(x, sampler(ring, noise))
+
+
 def test_not_a_number_is_reported_with_its_time():
     class Broken(Denoiser):
         def forward(self, x, alpha, sigma, **condition):

@@ -141,16 +141,16 @@ class ScoreDenoiser(NetworkDenoiser):
 class VelocityDenoiser(NetworkDenoiser):
     """The network predicts the velocity v = alpha' x_0 + sigma' eps of the path (' = d/dt).
 
-        x_0 = (x - r v) / (alpha - r alpha'),  r = sigma / sigma'
+        x_0 = (sigma' x - sigma v) / (alpha sigma' - sigma alpha')
 
     On conditional OT, v = eps - x_0 and x_0 = x - t v. Source: Lipman et al. 2023, Eq. 13.
     """
 
     def weights(self, t: Tensor, alpha: Tensor, sigma: Tensor) -> tuple[Tensor, Tensor]:
         dalpha, dsigma = self.path.derivative(t)
-        r = sigma / dsigma  # 0 where sigma = 0, though sigma' may be infinite there
-        norm = alpha - r * dalpha
-        return 1 / norm, -r / norm
+        dsigma = dsigma.clamp(max=1e150)  # it may be infinite where sigma = 0
+        norm = alpha * dsigma - sigma * dalpha
+        return dsigma / norm, -sigma / norm
 
     def target(self, x0: Tensor, eps: Tensor, t: Tensor) -> Tensor:
         dalpha, dsigma = self.path.derivative(t)

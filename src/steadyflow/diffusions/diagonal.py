@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from steadyflow.diffusions.linear import LinearDiffusion, float64
+from steadyflow.linear.diagonal import CosineBasis
 from steadyflow.paths import GaussianPath, Time
 
 
@@ -65,6 +66,10 @@ class Isotropic(Diagonal):
     def __init__(self, path: GaussianPath):
         self.path = path
 
+    @property
+    def knots(self) -> Tensor:
+        return self.path.knots
+
     def signal(self, t: Tensor) -> tuple[Tensor, Tensor]:
         return self.path(t)[0], self.path.derivative(t)[0]
 
@@ -99,11 +104,15 @@ class BDM(Diagonal):
         self.size = (int(h), int(w))
         squares = [(torch.arange(n, dtype=torch.float64) / n) ** 2 for n in self.size]
         self._lambda = math.pi**2 * (squares[0][:, None] + squares[1])
-        self._rows, self._columns = (_dct(n) for n in self.size)
+        self._basis = CosineBasis(*self.size)
 
     @property
     def frequencies(self) -> tuple[int, ...]:
         return self.size
+
+    @property
+    def knots(self) -> Tensor:
+        return self.path.knots
 
     def signal(self, t: Tensor) -> tuple[Tensor, Tensor]:
         a, da = (v[..., None, None] for v in (self.path(t)[0], self.path.derivative(t)[0]))
@@ -121,27 +130,20 @@ class BDM(Diagonal):
         return sigma[..., None, None].expand(shape), dsigma[..., None, None].expand(shape)
 
     def to_basis(self, u: Tensor) -> Tensor:
-        rows, columns = self._transforms(u)
-        return rows @ u @ columns.T
+        with self._exact(u):
+            return self._basis(u)
 
     def from_basis(self, y: Tensor) -> Tensor:
-        rows, columns = self._transforms(y)
-        return rows.T @ y @ columns
+        with self._exact(y):
+            return self._basis.inverse(y)
 
-    def _transforms(self, u: Tensor) -> tuple[Tensor, Tensor]:
+    def _exact(self, u: Tensor) -> torch.autocast:
+        """Checks the size, and keeps autocast away from the products."""
         if u.ndim != 4 or tuple(u.shape[2:]) != self.size:
             h, w = self.size
             raise ValueError(f"this blurring diffusion is of {h} x {w} images, got {tuple(u.shape)}; set path.size")
-        return self._rows.to(u.device, u.dtype), self._columns.to(u.device, u.dtype)
+        return torch.autocast(u.device.type, enabled=False)
 
 
 def _block(value: Tensor) -> Tensor:
     return value[..., None, None]
-
-
-def _dct(n: int) -> Tensor:
-    """The orthonormal DCT-II (n, n): row i is the i-th cosine."""
-    i = torch.arange(n, dtype=torch.float64)
-    matrix = math.sqrt(2 / n) * torch.cos(math.pi / n * (i + 0.5) * i[:, None])
-    matrix[0] /= math.sqrt(2)
-    return matrix

@@ -101,6 +101,11 @@ class LinearDiffusion(ABC):
         """F."""
         return ()
 
+    @property
+    def knots(self) -> Tensor:
+        """The times (K,), rising, at which F or G jumps."""
+        return torch.empty(0, dtype=torch.float64)
+
     def ratio(self, t: Time) -> Tensor:
         """Grids and training times that are rules in sigma / alpha ask for it."""
         raise ValueError(

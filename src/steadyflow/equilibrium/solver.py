@@ -29,7 +29,8 @@ class Status(IntEnum):
 class Solution:
     """What a solver returns for B items, in the order they came in.
 
-    z (B, *S): the iterate of the smallest absolute residual of each item (see `FixedPointSolver.returns_image`).
+    z (B, *S): the iterate of each item that met the tolerance, else that of the smallest absolute residual (see
+        `FixedPointSolver.returns_image`).
     residual (K, B): |f(z_k) - z_k| / |f(z_k)| in float64, of every evaluated iterate z_0, z_1, ...; infinite where f
         was not finite, NaN after the item has left.
     status (B,): a `Status`, int8.
@@ -206,8 +207,8 @@ class _Record:
         self.prints.append(self.blank.index_copy(0, rows, torch.where(alive, number, math.nan)))
         if len(self.residuals) == 1:
             self.first[rows] = r
-        better = alive & finite & (r < self.lowest[rows])
         met = finite & ((r <= self.solver.atol) | (r <= self.solver.rtol * size))
+        better = alive & finite & (met | (r < self.lowest[rows]))
         lost = ~finite | (r > self.solver.GROWTH * torch.maximum(self.first[rows], self.eps * size))
         done = alive & (met | lost)
         verdict = torch.where(met, Status.CONVERGED, Status.DIVERGED).to(torch.int8)

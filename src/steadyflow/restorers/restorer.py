@@ -98,7 +98,8 @@ class Measurement:
         with torch.enable_grad():
             x0 = x0.detach().requires_grad_()
             norm = torch.linalg.vector_norm((y - self.operator(x0)).flatten(1), dim=1)
-            (slope,) = torch.autograd.grad(norm.sum(), x0)
+            with torch.autocast(x0.device.type, enabled=False):  # A leaves it out forwards; so must A^T
+                (slope,) = torch.autograd.grad(norm.sum(), x0)
         if not hasattr(self.operator, "adjoint") and not slope.any() and bool(norm.any()):
             kind = type(self.operator).__name__
             raise ValueError(f"the gradient of {kind} is 0 everywhere: DPS learns nothing of it; use sampler=pigdm")

@@ -30,7 +30,7 @@ class DDNM(StepwiseRestorer):
         eta: how much of the step's noise is fresh; 0.85 in the source.
 
     Raises:
-        ValueError: eta outside [0, 1].
+        ValueError: eta outside [0, 1]; noise and an operator that is not linear.
     """
 
     def __init__(
@@ -60,6 +60,9 @@ class DDNM(StepwiseRestorer):
         fresh = (1 - self.eta**2) ** 0.5 / s_t * (x - a_t * x0) + self.eta * z
         if noise == 0:
             return a_s * (x0 + u) + s_s * fresh
+        if not hasattr(measurement.operator, "spectral"):
+            kind = type(measurement.operator).__name__
+            raise ValueError(f"DDNM needs singular values where y has noise, and {kind} is not linear; set sigma_y=0")
 
         def scaled(g: Tensor) -> Tensor:  # L_i / s_i
             return torch.where(g > 0, torch.minimum(1 / g, torch.full_like(g, s_s / (a_s * noise))), 0.0)

@@ -105,16 +105,22 @@ class GDDIM(LinearSampler):
         return finer.unbind()
 
     def _quadrature(self, nodes: Tensor, t: Tensor, s: Tensor, panels: int) -> Tensor:
-        """int_t^s Psi(s, tau) B_tau [O_tau^T] l_j(tau) dtau, (q, *F, k, k), tau = v^2: B grows like 1 / v at t = 0."""
+        """int_t^s Psi(s, tau) B_tau [O_tau^T] l_j(tau) dtau, (q, *F, k, k), tau = v^2: B grows like 1 / v at t = 0.
+
+        In equal panels of v, cut at the knots of the diffusion.
+        """
         d = self.diffusion
         x, w, _ = gauss_legendre(16)
-        low, width = t.sqrt(), (s.sqrt() - t.sqrt()) / panels
-        v = (low + width * (torch.arange(panels)[:, None] + x)).flatten()
+        knots = d.knots[(s < d.knots) & (d.knots < t)]
+        edges = torch.cat([t.sqrt() + (s.sqrt() - t.sqrt()) * torch.linspace(0, 1, panels + 1).double(), knots.sqrt()])
+        edges = edges.sort(descending=True).values
+        width = edges.diff()[:, None]
+        v = (edges[:-1, None] + width * x).flatten()
         tau = v * v
         kernel = d.transition(s, tau) @ d.rate(tau)
         if self.k == "L":
             kernel = kernel @ d.rotation(tau).mT
-        weights = width * w.repeat(panels) * 2 * v
+        weights = (width * w).flatten() * 2 * v
         basis = torch.stack(
             [
                 torch.stack([(tau - other) / (node - other) for k, other in enumerate(nodes) if k != j]).prod(0)

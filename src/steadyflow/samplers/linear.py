@@ -13,7 +13,7 @@ from steadyflow.denoisers import DenoiserNoise
 from steadyflow.diffusions import Isotropic, LinearDiffusion
 from steadyflow.grids import Grid
 from steadyflow.noise import NoiseSource
-from steadyflow.paths import GaussianPath
+from steadyflow.paths import GaussianPath, Time
 from steadyflow.samplers.rk45 import dormand_prince, taken
 from steadyflow.samplers.sampler import Progress, Sampler, check_finite, time_grid
 
@@ -49,7 +49,7 @@ class LinearSampler(Sampler):
         steps: N, for a rule; a list of times brings its own.
 
     Raises:
-        ValueError: as time_grid.
+        ValueError: as time_grid; a Gaussian path that starts at alpha = 0.
     """
 
     def __init__(
@@ -59,8 +59,8 @@ class LinearSampler(Sampler):
         steps: int | None = None,
     ):
         self.path = path
-        self.diffusion = Isotropic(path) if isinstance(path, GaussianPath) else path
         self.times = time_grid(path, grid, steps, linear=True)
+        self.diffusion = linear_diffusion(path, self.times[0])
 
     @property
     def steps(self) -> int:
@@ -189,7 +189,7 @@ class LinearRK45(Sampler):
         if not (rtol > 0 and atol > 0):
             raise ValueError(f"need rtol > 0 and atol > 0, got {rtol} and {atol}")
         self.path, self.start, self.end, self.rtol, self.atol = path, float(start), float(end), float(rtol), float(atol)
-        self.diffusion = Isotropic(path) if isinstance(path, GaussianPath) else path
+        self.diffusion = linear_diffusion(path, self.start)
 
     @torch.no_grad()
     def __call__(
@@ -215,6 +215,18 @@ class LinearRK45(Sampler):
         keep = d.transition(s, t)
         y = d.apply(keep, y) + d.apply(d.root(s) - keep @ d.root(t), eps(y, t, condition))
         return d.data(d.from_basis(y)).to(noise.dtype)
+
+
+def linear_diffusion(path: GaussianPath | LinearDiffusion, start: Time) -> LinearDiffusion:
+    """The path as a linear diffusion, or a ValueError where it starts without signal, by which one divides."""
+    if not isinstance(path, GaussianPath):
+        return path
+    if path(start)[0] == 0:
+        raise ValueError(
+            f"a {type(path).__name__} path has no signal at t = {float(start):g}, and as a linear diffusion it needs "
+            "some; start a little later (sampler/grid=log_snr, or start=0.99)"
+        )
+    return Isotropic(path)
 
 
 def noise_model(model: nn.Module, path: GaussianPath | LinearDiffusion) -> nn.Module:

@@ -162,11 +162,15 @@ def _first_step(
 
 
 def _weighted(weights: tuple[float, ...], k: Tensor) -> Tensor:
-    """sum_j weights_j k_j in one pass."""
-    n = len(weights)
-    return (torch.tensor(weights, dtype=k.dtype, device=k.device) @ k[:n].reshape(n, -1)).view_as(k[0])
+    """sum_j weights_j k_j; not as a product of matrices, which autocast and TF32 would round."""
+    out = weights[0] * k[0]
+    for weight, k_j in zip(weights[1:], k[1:], strict=False):
+        if weight:
+            out.add_(k_j, alpha=weight)
+    return out
 
 
 def _rms(x: Tensor) -> Tensor:
     """The root mean square of each row, in float64 on the CPU."""
-    return torch.linalg.vector_norm(x.flatten(1), dim=1).to("cpu", torch.float64) / x[0].numel() ** 0.5
+    x = x.flatten(1)
+    return torch.linalg.vector_norm(x, dim=1).to("cpu", torch.float64) / x.shape[1] ** 0.5
