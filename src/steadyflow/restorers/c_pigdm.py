@@ -13,7 +13,7 @@ from steadyflow.paths import GaussianPath, combine
 from steadyflow.quadrature import gauss_legendre
 from steadyflow.restorers.restorer import Measurement, Restorer, posterior_variance
 from steadyflow.restorers.start import starting_state
-from steadyflow.samplers.sampler import Progress, check_finite, time_grid
+from steadyflow.samplers.sampler import Progress, Watch, time_grid
 
 NODES = 48  # of the quadrature of a step, exact to 1e-10 as far as MAX_DAMPING
 MAX_DAMPING = 600.0  # largest exponent of a step: e^-600 of the residual is left
@@ -151,9 +151,8 @@ class ConjugateIntegrator(Restorer):
         progress: Progress | None = None,
         **condition: Tensor,
     ) -> Tensor:
-        steps = len(self.times) - 1
         x = starting_state(self.init, self.path, self.times[0], measurement, noise)
-        sums: list[Tensor] = []
+        watch = Watch(self.times, progress)
         before: list[Tensor] = []
         for k, (t, s) in enumerate(zip(self.times, self.times[1:], strict=False)):
             if self.denoise_last and s == 0:
@@ -167,10 +166,8 @@ class ConjugateIntegrator(Restorer):
                     x = self._mix(measurement, k, [*parts, *(v - w for v, w in zip(parts[2:], after, strict=True))])
                 elif self.order == 2:
                     before = parts[2:]
-            sums.append(x.sum(dtype=torch.float32))
-            if progress is not None:
-                progress((k + 1) / steps)
-        check_finite(sums, self.times)
+            watch(x)
+        watch.check()
         return x
 
     def _parts(

@@ -10,7 +10,7 @@ from steadyflow.grids import Grid
 from steadyflow.noise import NoiseSource
 from steadyflow.paths import GaussianPath
 from steadyflow.restorers.restorer import Measurement, Restorer
-from steadyflow.samplers.sampler import Progress, check_finite, time_grid
+from steadyflow.samplers.sampler import Progress, Watch, time_grid
 
 BETAS, EPS = (0.9, 0.99), 1e-8  # of Adam
 
@@ -73,7 +73,7 @@ class REDDiff(Restorer):
         if self.means:
             probe = torch.rand(mu[:1].shape, generator=torch.Generator().manual_seed(0)).to(mu) + 1
             weight *= int((operator(probe) != 0).sum()) / probe.numel()
-        first, second, sums = torch.zeros_like(mu), torch.zeros_like(mu), []
+        first, second, watch = torch.zeros_like(mu), torch.zeros_like(mu), Watch(self.times, progress)
         for k, t in enumerate(self.times[:-1]):
             alpha, sigma = self.path(t)
             x0 = denoiser(alpha.item() * mu + sigma.item() * noise(k + 1), alpha, sigma, **condition)
@@ -82,8 +82,6 @@ class REDDiff(Restorer):
             second.lerp_(g * g, 1 - BETAS[1])
             scale = (1 - BETAS[1] ** (k + 1)) ** 0.5
             mu.addcdiv_(first, second.sqrt() / scale + EPS, value=-self.lr / (1 - BETAS[0] ** (k + 1)))
-            sums.append(mu.sum(dtype=torch.float32))
-            if progress is not None:
-                progress((k + 1) / (len(self.times) - 1))
-        check_finite(sums, self.times)
+            watch(mu)
+        watch.check()
         return mu

@@ -2,6 +2,7 @@
 
 from abc import abstractmethod
 from collections.abc import Sequence
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -12,7 +13,7 @@ from steadyflow.noise import NoiseSource
 from steadyflow.paths import GaussianPath
 from steadyflow.restorers.restorer import Measurement, Restorer
 from steadyflow.restorers.start import INITS, starting_state
-from steadyflow.samplers.sampler import Progress, check_finite, time_grid
+from steadyflow.samplers.sampler import Progress, Watch, time_grid
 
 Level = tuple[float, float]  # (alpha, sigma)
 
@@ -66,14 +67,11 @@ class StepwiseRestorer(Restorer):
         progress: Progress | None = None,
         **condition: Tensor,
     ) -> Tensor:
-        x, sums, steps = self.begin(measurement, noise), [], len(self.times) - 1
-        for k in range(steps):
-            t, s = self.times[k], self.times[k + 1]
+        x, watch = self.begin(measurement, noise), Watch(self.times, progress)
+        for k, (t, s) in enumerate(pairwise(self.times)):
             x = self.update(denoiser, x, t, s, noise(k + 1), measurement, **condition)
-            sums.append(x.sum(dtype=torch.float32))
-            if progress is not None:
-                progress((k + 1) / steps)
-        check_finite(sums, self.times)
+            watch(x)
+        watch.check()
         return x
 
 

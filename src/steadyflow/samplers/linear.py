@@ -15,7 +15,7 @@ from steadyflow.grids import Grid
 from steadyflow.noise import NoiseSource
 from steadyflow.paths import GaussianPath, Time
 from steadyflow.samplers.rk45 import dormand_prince, taken
-from steadyflow.samplers.sampler import Progress, Sampler, check_finite, time_grid
+from steadyflow.samplers.sampler import Progress, Sampler, Watch, time_grid
 
 
 class Row(NamedTuple):
@@ -113,7 +113,7 @@ class LinearSampler(Sampler):
             return d.to_basis(model(d.from_basis(y).to(noise.dtype), t, **condition).double())
 
         past: deque[Tensor] = deque(maxlen=max(len(row.pulls) for row in self.rows))
-        sums = []
+        watch = Watch(self.times, progress)
         for n, row in enumerate(self.rows):
             past.appendleft(eps(y, self.times[n]))
             kept = d.apply(row.keep, y)
@@ -122,10 +122,8 @@ class LinearSampler(Sampler):
                 y = _sum(d, kept, row.corrections, [eps(y, self.times[n + 1]), *past])
             if row.std is not None:
                 y = y + d.apply(row.std, d.to_basis(state_noise(d.variables, noise, n + 1).double()))
-            sums.append(y.sum())  # one number a step: the check below synchronises once
-            if progress is not None:
-                progress((n + 1) / self.steps)
-        check_finite(sums, self.times)
+            watch(y)
+        watch.check()
         return d.from_basis(y)
 
 

@@ -11,7 +11,7 @@ from steadyflow.denoisers import Denoiser
 from steadyflow.grids import Grid
 from steadyflow.noise import NoiseSource
 from steadyflow.paths import GaussianPath
-from steadyflow.samplers.sampler import Progress, Sampler, check_finite, noise_start, time_grid
+from steadyflow.samplers.sampler import Progress, Sampler, Watch, noise_start, time_grid
 
 
 class Step(NamedTuple):
@@ -112,14 +112,12 @@ class MultistepSampler(Sampler):
     ) -> Tensor:
         x = noise_start(self.path, self.times[0], noise) if start is None else start.detach().clone()
         x = x if x.dtype == torch.float64 else x.float()
-        past, sums = self.past(x), []
+        past, watch = self.past(x), Watch(self.times, progress)
         for k, step in enumerate(self.schedule(x)):
             z = noise(k + 1) if self.stochastic else None
             x, past = self.step(denoiser, x, past, step, z, **condition)
-            sums.append(x.sum(dtype=torch.float32))  # one number a step: the check below synchronises once
-            if progress is not None:
-                progress((k + 1) / self.steps)
-        check_finite(sums, self.times)
+            watch(x)
+        watch.check()
         return x
 
 

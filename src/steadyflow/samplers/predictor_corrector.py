@@ -10,7 +10,7 @@ from steadyflow.grids import Grid
 from steadyflow.noise import NoiseSource
 from steadyflow.paths import GaussianPath, accumulate, combine
 from steadyflow.samplers.ddpm import DDPM
-from steadyflow.samplers.sampler import Progress, Sampler, check_finite, noise_start, time_grid
+from steadyflow.samplers.sampler import Progress, Sampler, Watch, noise_start, time_grid
 
 
 class PredictorCorrector(Sampler):
@@ -90,17 +90,15 @@ class PredictorCorrector(Sampler):
     ) -> Tensor:
         x = noise_start(self.path, self.times[0], noise) if start is None else start
         draws = self.corrector_steps + 1
-        sums = []
+        watch = Watch(self.times, progress)
         for k, (alpha, sigma, size, keep, pull, std) in enumerate(row.unbind() for row in self.table):
             for j in range(1, draws):
                 x = langevin(x, denoiser(x, alpha, sigma, **condition), noise(draws * k + j), alpha, sigma, size)
             x = combine(keep, x, pull, denoiser(x, alpha, sigma, **condition))
             if std > 0:
                 x = accumulate(x, std, noise(draws * (k + 1)))
-            sums.append(x.sum(dtype=torch.float32))  # one number a step: the check below synchronises once
-            if progress is not None:
-                progress((k + 1) / len(self.table))
-        check_finite(sums, self.times)
+            watch(x)
+        watch.check()
         return x
 
 

@@ -10,7 +10,7 @@ from steadyflow.grids import Grid, Karras
 from steadyflow.noise import NoiseSource
 from steadyflow.paths import GaussianPath, combine
 from steadyflow.samplers.heun import Heun
-from steadyflow.samplers.sampler import Progress, Sampler, check_finite, noise_start, time_grid
+from steadyflow.samplers.sampler import Progress, Sampler, Watch, noise_start, time_grid
 
 
 class Restart(Sampler):
@@ -83,14 +83,12 @@ class Restart(Sampler):
         table = list(zip(*[c.unbind() for c in self.heun.coefficients(t, s)], strict=True))
         (alpha, alpha_s), rho, rho_s = (self.path(v)[0] for v in (t, s)), self.path.ratio(t), self.path.ratio(s)
         grow, std = alpha_s / alpha, alpha_s * torch.sqrt((rho_s**2 - rho**2).clamp(min=0))
-        sums = []
+        watch = Watch(self.stops, progress)
         for k, row in enumerate(table):
             if s[k] > t[k]:
                 x = combine(grow[k], x, std[k], noise(k + 1))
             else:
                 x = self.heun.update(denoiser, x, row, None, **condition)
-            sums.append(x.sum(dtype=torch.float32))
-            if progress is not None:
-                progress((k + 1) / len(table))
-        check_finite(sums, self.stops)
+            watch(x)
+        watch.check()
         return x

@@ -109,25 +109,42 @@ class OneStepSampler(Sampler):
     ) -> Tensor:
         x = noise_start(self.path, self.times[0], noise) if start is None else start
         table = [c.unbind() for c in self.coefficients(self.times[:-1], self.times[1:])]
-        sums = []
+        watch = Watch(self.times, progress)
         for k, row in enumerate(zip(*table, strict=True)):
             x = self.update(denoiser, x, row, noise(k + 1) if self.stochastic else None, **condition)
-            sums.append(x.sum(dtype=torch.float32))  # one number a step: the check below synchronises once
-            if progress is not None:
-                progress((k + 1) / self.steps)
-        check_finite(sums, self.times)
+            watch(x)
+        watch.check()
         return x
 
 
-def check_finite(sums: list[Tensor], times: Tensor) -> None:
-    """Raises a FloatingPointError at the first step whose state, by the sum () of its entries, is not finite."""
-    bad = (~torch.stack(sums).isfinite()).nonzero()
-    if len(bad):
-        k = int(bad[0])
-        raise FloatingPointError(
-            f"the state is not finite after step {k + 1} of {len(times) - 1} (t = {times[k]:.4g} -> "
-            f"{times[k + 1]:.4g}); the network returned NaN or the step diverged"
-        )
+class Watch:
+    """What a loop over the times t_0 > ... > t_N of a grid tells: after each step the fraction done, at the end of a
+    state that is not finite.
+
+    Args:
+        times: (N + 1,).
+        progress: called with the fraction done.
+    """
+
+    def __init__(self, times: Tensor, progress: Progress | None):
+        self.times, self.progress = times, progress
+        self.sums: list[Tensor] = []  # one number a step: `check` waits for the device once
+
+    def __call__(self, x: Tensor) -> None:
+        """After each step, with its state."""
+        self.sums.append(x.sum(dtype=torch.float32))
+        if self.progress is not None:
+            self.progress(len(self.sums) / (len(self.times) - 1))
+
+    def check(self) -> None:
+        """Raises a FloatingPointError at the first step whose state, by the sum of its entries, is not finite."""
+        bad = (~torch.stack(self.sums).isfinite()).nonzero()
+        if len(bad):
+            k = int(bad[0])
+            raise FloatingPointError(
+                f"the state is not finite after step {k + 1} of {len(self.times) - 1} (t = {self.times[k]:.4g} -> "
+                f"{self.times[k + 1]:.4g}); the network returned NaN or the step diverged"
+            )
 
 
 def time_grid(
