@@ -86,7 +86,7 @@ Convergence = Callable[..., tuple[float, list[float], list[float]]]
 
 @pytest.fixture(scope="session")
 def convergence(ring: GaussianMixture) -> Convergence:
-    """The fitted order of build(path, grid, steps) on the ring, on a log-SNR grid to t = 1e-2 with N = 160 and 1280.
+    """The fitted order of build(path, grid, steps) on the ring, on a log-SNR grid to t = 1e-2 with N = 160..1280.
 
     Returns the order and the errors of a start from exact values, and the errors of the sampler as it is.
     """
@@ -95,7 +95,7 @@ def convergence(ring: GaussianMixture) -> Convergence:
         build: Callable[[GaussianPath, LogSNR, int], Sampler],
         path: GaussianPath,
         end: float = 1e-2,
-        counts: tuple[int, ...] = (160, 1280),
+        counts: tuple[int, ...] = (160, 320, 640, 1280),
     ) -> tuple[float, list[float], list[float]]:
         grid, noise = LogSNR(end=end, zero=False), NoiseSource(0, range(12), (2,), dtype=torch.float64)
         times = grid(path, 1)

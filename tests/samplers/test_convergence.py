@@ -9,7 +9,7 @@ from steadyflow.noise import NoiseSource
 from steadyflow.paths import EDM, ConditionalOT, Cosine, VarianceExploding, VariancePreserving
 from steadyflow.samplers import DDIM, Euler, Heun
 
-STEPS = [160, 1280]
+STEPS = [160, 320, 640, 1280]
 
 
 def errors(build, path, end, ring, exact_flow):

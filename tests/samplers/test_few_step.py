@@ -44,7 +44,7 @@ def test_order_of_convergence(build, order, convergence):
 
 def test_unipc_3_has_order_4(convergence):
     """Seen from N = 640 on."""
-    slope, error, _ = convergence(lambda p, g, n: UniPC(p, g, n, 3, lower_final=False), VP, counts=(640, 2560))
+    slope, error, _ = convergence(lambda p, g, n: UniPC(p, g, n, 3, lower_final=False), VP, counts=(640, 1280, 2560))
     assert 3.85 <= slope <= 4.3, (slope, error)
 
 
