@@ -1,14 +1,12 @@
 """Every primary config and every option of every group composes, and names classes with arguments they take."""
 
 import inspect
-import zlib
 from collections.abc import Iterator
 from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
-import yaml
 from hydra import compose, initialize_config_dir
 from hydra.utils import get_object
 from omegaconf import DictConfig, ListConfig
@@ -67,12 +65,6 @@ def groups(job: str) -> tuple[str, ...]:
     return tuple(compose(job, return_hydra_config=True).hydra.runtime.choices)
 
 
-@cache
-def keys(job: str) -> set[str]:
-    """What the job's own file sets."""
-    return set(yaml.safe_load((CONFIGS / f"{job}.yaml").read_text()))
-
-
 @pytest.mark.parametrize("job", JOBS)
 def test_primary_config(job: str) -> None:
     assert (CONFIGS / f"{job}.yaml").is_file()
@@ -87,35 +79,28 @@ def test_there_is_no_config_without_a_job() -> None:
 
 @pytest.mark.parametrize("option", options())
 def test_option(option: str) -> None:
-    """In the jobs that have the group, an experiment in its own (JOB_..., inversion_..., or sample), a sweep in any.
+    """In every job that has the group, an experiment in its own (JOB_..., inversion_..., or sample), a sweep in any.
 
-    Jobs differ to an option only where they set keys of its group themselves, or it sets some outside: of the others
-    one, chosen by its name, stands for all. A dataset that only changes another one's settings is tried in the job that
-    is quickest to compose.
+    A dataset that only changes another one's settings is tried in the job that is quickest to compose.
     """
     if option in PLUGINS and not find_spec(f"hydra_plugins.{PLUGINS[option]}"):
         pytest.skip(f"{PLUGINS[option]} is not installed")
     group, _, name = option.partition("=")
-    text = (CONFIGS / group / f"{name}.yaml").read_text()
     if group == "experiment":
         verb = name.replace("inversion_", "invert_")
         own = [job for job in JOBS if verb.startswith(f"{job}_")] or ["sample"]
         overrides = [(job, f"+{option}") for job in own]
     elif group == "sweep":
         overrides = [("restore" if name.startswith("c_pigdm") else "sample", f"+{option}")]
-    elif group == "checkpoint" and "checkpoints.public" in text:
+    elif group == "checkpoint" and "checkpoints.public" in (CONFIGS / group / f"{name}.yaml").read_text():
         overrides = [("prepare", option)]  # one job stands for all: there are dozens
     elif group == "checkpoint/running":
         overrides = [("sample", "checkpoint=path", option)]
-    elif group == "dataset" and "\ndefaults: [" in text:
+    elif group == "dataset" and "\ndefaults: [" in (CONFIGS / group / f"{name}.yaml").read_text():
         overrides = [("prepare", option)]
     else:
-        having = [(job, g) for job in JOBS for g in groups(job) if g.partition("@")[0] == group]
-        assert having, f"no job has the group {group}"
-        if "_global_" not in text and "override " not in text:
-            chosen = having[zlib.crc32(option.encode()) % len(having)]
-            having = [h for h in having if h == chosen or keys(h[0]) & {h[1].split("@")[-1].split(".")[0]}]
-        overrides = [(job, f"{g}={name}") for job, g in having]
+        overrides = [(job, f"{g}={name}") for job in JOBS for g in groups(job) if g.partition("@")[0] == group]
+    assert overrides, f"no job has the group {group}"
     for job, *words in overrides:
         check(compose(job, words))
 
