@@ -322,8 +322,8 @@ def test_bad_input_is_said_in_one_line(measured: Callable[..., Measurement]) -> 
     with pytest.raises(ValueError, match="need 0 < scale < 2 and descents >= 1, got 0 and 3"):
         FlowDPS(OT, Uniform(), 4, scale=0)
     clip = Clip((1, 2, 2))
-    for name in ("ddrm", "red_diff", "flow_dps", "ddnm"):
-        bent = Measurement(torch.zeros(1, 1, 2, 2), clip, sigma_y=0.1)
+    for name, sigma_y in (("ddrm", 0.0), ("red_diff", 0.0), ("flow_dps", 0.0), ("ddnm", 0.1)):
+        bent = Measurement(torch.zeros(1, 1, 2, 2), clip, sigma_y)
         with pytest.raises(ValueError, match="Clip is not linear"):
             METHODS[name]()(Gaussian(torch.zeros(1, 2, 2), 1.0), bent, NoiseSource(0, [0], (1, 2, 2)))
 

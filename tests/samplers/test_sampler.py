@@ -176,13 +176,15 @@ def test_every_sampler_config_makes_a_sampler(name):
     with pytest.warns(UserWarning, match="have not converged") if deq else nullcontext():
         out = sampler(counted, NoiseSource(0, range(100), (2,), dtype=F64))
     means = torch.tensor([[-1.0, 0.0], [1.0, 0.5], [0.0, 1.0]], dtype=F64)
-    assert torch.cdist(out, means).min(1).values.max() < 6 * 0.45
+    reach = 6 if name == "predictor_corrector" else 5  # its norms vary in two dimensions, and the law is wider
+    assert torch.cdist(out, means).min(1).values.max() < reach * 0.45
     assert (out.mean(0) - means.mean(0)).abs().max() < 0.4  # four standard errors
     if sampler.iterations is not None:
         assert counted.rows == cfg.steps * sampler.iterations.sum()
     elif name not in ("rk45", "linear_rk45"):  # they choose their steps
-        calls = 2 * cfg.steps - 1 if name == "heun" else getattr(sampler, "nfe", cfg.get("steps"))
-        assert counted.rows / 100 == calls
+        n = cfg.get("steps", 0)
+        calls = {"heun": 2 * n - 1, "predictor_corrector": 2 * n, "restart": getattr(sampler, "nfe", None)}
+        assert counted.rows / 100 == calls.get(name, cfg.get("steps"))
 
 
 @pytest.mark.parametrize("name", GRIDS)

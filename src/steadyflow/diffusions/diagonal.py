@@ -19,6 +19,12 @@ class Diagonal(LinearDiffusion):
     Psi^(t, s) = (alpha_s / alpha_t)^(lambda^2) (sigma_t / sigma_s)^(1 + lambda^2)
     """
 
+    path: GaussianPath  # of what is not blurred
+
+    @property
+    def knots(self) -> Tensor:
+        return self.path.knots
+
     @abstractmethod
     def signal(self, t: Tensor) -> tuple[Tensor, Tensor]:
         """alpha and its derivative (*T, *F)."""
@@ -66,10 +72,6 @@ class Isotropic(Diagonal):
     def __init__(self, path: GaussianPath):
         self.path = path
 
-    @property
-    def knots(self) -> Tensor:
-        return self.path.knots
-
     def signal(self, t: Tensor) -> tuple[Tensor, Tensor]:
         return self.path(t)[0], self.path.derivative(t)[0]
 
@@ -109,10 +111,6 @@ class BDM(Diagonal):
     @property
     def frequencies(self) -> tuple[int, ...]:
         return self.size
-
-    @property
-    def knots(self) -> Tensor:
-        return self.path.knots
 
     def signal(self, t: Tensor) -> tuple[Tensor, Tensor]:
         a, da = (v[..., None, None] for v in (self.path(t)[0], self.path.derivative(t)[0]))
