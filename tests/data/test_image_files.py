@@ -10,6 +10,7 @@ import torch
 from PIL import Image
 
 from steadyflow.data import open_images, write_png_zip, write_shard
+from steadyflow.data.archive import ImageArchive
 
 SHARED = Path(__file__).parents[2].parent / "shared" / "data"
 
@@ -262,3 +263,26 @@ def test_a_folder_of_runs_is_no_folder_of_images(tmp_path):
         Image.new("L", (4, 4)).save(tmp_path / run / "grid.png")
     with pytest.raises(ValueError, match=r" holds 2 runs; give one of them, such as .*a/run2"):
         open_images(tmp_path)
+
+
+@pytest.mark.parametrize("damage", ["absurd sides", "short header", "broken stream", "broken member"])
+def test_damage_that_pillow_and_zlib_raise_in_their_own_ways_is_named(tmp_path, damage):
+    file = tmp_path / ("x.zip" if "broken" in damage else "x.png")
+    if damage == "absurd sides":
+        save(tmp_path / "x.bmp", np.zeros((8, 8, 3), np.uint8))
+        data = (tmp_path / "x.bmp").read_bytes()
+        file.write_bytes(data[:18] + struct.pack("<ii", 2**30, 2**30) + data[26:])
+        (tmp_path / "x.bmp").unlink()
+    elif damage == "short header":
+        chunk = b"IHDR" + bytes(5)
+        file.write_bytes(b"\x89PNG\r\n\x1a\n" + struct.pack(">I", 5) + chunk + struct.pack(">I", zlib.crc32(chunk)))
+    else:
+        with zipfile.ZipFile(file, "w", zipfile.ZIP_DEFLATED) as members:
+            members.writestr("x.png", bytes(500))
+        data = file.read_bytes()
+        at = 0 if damage == "broken member" else 35  # 30 bytes of header and the name; then no such kind of block
+        file.write_bytes(data[:at] + b"\xff" + data[at + 1 :])
+    archive = ImageArchive(file)
+    for read in (archive.header, archive.pixels):
+        with pytest.raises(ValueError, match=r"x\.png (is not an image|cannot be read) \("):
+            read(0)

@@ -115,6 +115,31 @@ def test_the_splits_that_a_folder_brings_share_their_classes(tmp_path):
         ImageFolder(tmp_path / "set", "test")
 
 
+def test_splits_further_inside_are_not_mixed(tmp_path):
+    """AFHQ's own zip holds train and test: read as one archive, its test images would be trained on."""
+    zipped(folder(tmp_path / "set", ["afhq/train/cat/1.png", "afhq/val/cat/2.png"]))
+    for path in (tmp_path / "set", tmp_path / "set.zip"):
+        with pytest.raises(ValueError, match=r"set.* holds the folders train and val further inside, .* dataset\.path"):
+            ImageFolder(path, class_folders=True)
+    assert ImageFolder(tmp_path / "set/afhq").names == ["cat/1.png"]
+
+
+def test_linked_class_folders_are_read(tmp_path):
+    folder(tmp_path / "all", ["cat/1.png", "dog/1.png", "ape/1.png"])
+    (tmp_path / "some").mkdir()
+    for name in ("cat", "dog"):
+        (tmp_path / "some" / name).symlink_to(tmp_path / "all" / name)
+    assert ImageFolder(tmp_path / "some", class_folders=True).names == ["cat/1.png", "dog/1.png"]
+
+
+@pytest.mark.parametrize("mode", ["CMYK", "L", "LA", "RGBA", "P", "1"])
+def test_every_8_bit_mode_is_read_as_pillow_converts_it(tmp_path, mode):
+    picture(9, 9).convert(mode).save(tmp_path / ("x.jpg" if mode == "CMYK" else "x.png"))
+    with Image.open(next(tmp_path.iterdir())) as image:
+        expected = torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1)
+    assert torch.equal(ImageFolder(tmp_path, size=9, resize=None)[0][0], from_uint8(expected))
+
+
 def test_held_out_images_are_chosen_by_name_alone(tmp_path):
     files = folder(tmp_path / "set", [f"{i}.png" for i in range(30)])
     train, test = (ImageFolder(files, split, held_out=10) for split in ("train", "test"))

@@ -4,6 +4,7 @@ import io
 import json
 import os
 import zipfile
+import zlib
 from functools import lru_cache
 from pathlib import Path
 from typing import IO, Any, Protocol
@@ -13,6 +14,9 @@ from PIL import Image
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 SINGLE_CHANNEL = ("1", "L", "LA")  # Pillow's modes of 8-bit grey images
+# What reading a damaged file raises (RuntimeError: encrypted), and what decoding one raises (a bomb: absurd sides).
+UNREADABLE = (OSError, RuntimeError, EOFError, zipfile.BadZipFile, zlib.error)
+DAMAGED = (*UNREADABLE, ValueError, SyntaxError, Image.DecompressionBombError)
 
 
 class Files(Protocol):
@@ -26,13 +30,16 @@ class Files(Protocol):
 
 
 class Folder:
-    """The files below a folder."""
+    """The files below a folder, also behind links: a subset of a large set is often made of them."""
 
     def __init__(self, path: Path):
         self.path = path
 
     def names(self) -> list[str]:
-        return [file.relative_to(self.path).as_posix() for file in self.path.rglob("*") if file.is_file()]
+        below = [
+            (Path(folder).relative_to(self.path), files) for folder, _, files in os.walk(self.path, followlinks=True)
+        ]
+        return [(folder / file).as_posix() for folder, files in below for file in files]
 
     def open(self, name: str) -> IO[bytes]:
         return (self.path / name).open("rb")
@@ -161,15 +168,15 @@ class ImageArchive:
 
     def read(self, i: int) -> bytes:
         """The bytes of file i."""
-        try:
-            with self.files.open(self.names[i]) as file:
+        with self._open(i) as file:
+            try:
                 return file.read()
-        except (zipfile.BadZipFile, OSError, RuntimeError) as error:  # RuntimeError: encrypted
-            raise ValueError(f"{self.where(i)} cannot be read ({error})") from None
+            except UNREADABLE as error:
+                raise self._unreadable(i, error) from None
 
     def header(self, i: int) -> tuple[int, int, int]:
         """(channels, height, width) of file i, 1 channel if it is grey and else 3, from its first bytes."""
-        with self.files.open(self.names[i]) as file:
+        with self._open(i) as file:
             image = self._identified(i, file)
             return 1 if image.mode in SINGLE_CHANNEL else 3, image.height, image.width
 
@@ -180,7 +187,7 @@ class ImageArchive:
             if "transparency" in image.info:  # else Pillow warns of a palette with transparency
                 image = image.convert("RGBA")
             return image.convert("L" if channels == 1 else "RGB")
-        except (OSError, SyntaxError, ValueError) as error:
+        except DAMAGED as error:
             raise ValueError(f"{self.where(i)} is a damaged image ({error}); replace or remove it") from None
 
     def pixels(self, i: int, channels: int = 3) -> np.ndarray:
@@ -188,12 +195,21 @@ class ImageArchive:
         image = self.image(i, channels)
         return np.asarray(image).reshape(image.height, image.width, channels)
 
+    def _open(self, i: int) -> IO[bytes]:
+        try:
+            return self.files.open(self.names[i])
+        except UNREADABLE as error:
+            raise self._unreadable(i, error) from None
+
+    def _unreadable(self, i: int, error: Exception) -> ValueError:
+        return ValueError(f"{self.where(i)} cannot be read ({error})")
+
     def _identified(self, i: int, file: IO[bytes]) -> Image.Image:
         try:
             start = file.read(25)
             file.seek(0)
             image = Image.open(file)
-        except (OSError, SyntaxError, zipfile.BadZipFile) as error:
+        except DAMAGED as error:
             raise ValueError(f"{self.where(i)} is not an image ({error}); replace or remove it") from None
         deep = image.format == "PNG" and start[24] == 16  # Pillow would cut a 16-bit RGB to 8 bits silently
         if deep or image.mode[0] in "IF":

@@ -22,7 +22,7 @@ def split_archives(path: Path) -> dict[str, ImageArchive]:
     val or valid.
 
     Raises:
-        FileNotFoundError: nothing there.
+        FileNotFoundError: nothing there. ValueError: folders of both splits deeper inside, which would be read as one.
     """
     places = {
         split: place
@@ -31,7 +31,17 @@ def split_archives(path: Path) -> dict[str, ImageArchive]:
         for place in (path.with_name(f"{path.name}_{word}_lmdb"), path / f"{word}.zip", path / word)
         if place.exists()
     }
-    return {split: ImageArchive(place) for split, place in places.items()} or {"all": ImageArchive(path)}
+    if places:
+        return {split: ImageArchive(place) for split, place in places.items()}
+    archive = ImageArchive(path)
+    folders = {folder for name in archive.names for folder in name.split("/")[:-1]}
+    inside = [next((word for word in words if word in folders), None) for words in WORDS.values()]
+    if all(inside):
+        raise ValueError(
+            f"{path} holds the folders {' and '.join(map(str, inside))} further inside, and would mix them; give the "
+            "folder they lie in (unpack a zip) as dataset.path"
+        )
+    return {"all": archive}
 
 
 def check_counts(where: str, counts: Mapping[str, int], expected: Mapping[str, int] | None) -> None:
