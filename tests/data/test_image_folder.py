@@ -129,6 +129,7 @@ def test_linked_class_folders_are_read(tmp_path):
     (tmp_path / "some").mkdir()
     for name in ("cat", "dog"):
         (tmp_path / "some" / name).symlink_to(tmp_path / "all" / name)
+    (tmp_path / "some" / "up").symlink_to(tmp_path / "some")  # not walked again
     assert ImageFolder(tmp_path / "some", class_folders=True).names == ["cat/1.png", "dog/1.png"]
 
 

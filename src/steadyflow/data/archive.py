@@ -36,10 +36,13 @@ class Folder:
         self.path = path
 
     def names(self) -> list[str]:
-        below = [
-            (Path(folder).relative_to(self.path), files) for folder, _, files in os.walk(self.path, followlinks=True)
-        ]
-        return [(folder / file).as_posix() for folder, files in below for file in files]
+        names = []
+        for folder, inside, files in os.walk(self.path, followlinks=True):
+            here, below = Path(folder).resolve(), Path(folder).relative_to(self.path)
+            # A link to a folder above would be walked again and again.
+            inside[:] = [name for name in inside if not here.is_relative_to(Path(folder, name).resolve())]
+            names += [(below / file).as_posix() for file in files]
+        return names
 
     def open(self, name: str) -> IO[bytes]:
         return (self.path / name).open("rb")
