@@ -9,6 +9,7 @@ from torch.utils.data import DataLoader
 
 from steadyflow.data import ImageFolder, from_uint8
 from steadyflow.data.archive import ImageArchive
+from steadyflow.data.images import content_of
 
 SHARED = Path(__file__).parents[2].parent / "shared" / "data"
 
@@ -122,15 +123,23 @@ def test_splits_further_inside_are_not_mixed(tmp_path):
         with pytest.raises(ValueError, match=r"set.* holds the folders train and val further inside, .* dataset\.path"):
             ImageFolder(path, class_folders=True)
     assert ImageFolder(tmp_path / "set/afhq").names == ["cat/1.png"]
+    assert ImageFolder(tmp_path / "set.zip", folder="train").names == ["afhq/train/cat/1.png"]
 
 
-def test_linked_class_folders_are_read(tmp_path):
+def test_linked_class_folders_are_read_and_are_of_the_content(tmp_path):
     folder(tmp_path / "all", ["cat/1.png", "dog/1.png", "ape/1.png"])
-    (tmp_path / "some").mkdir()
+    some = tmp_path / "some"
+    some.mkdir()
     for name in ("cat", "dog"):
-        (tmp_path / "some" / name).symlink_to(tmp_path / "all" / name)
-    (tmp_path / "some" / "up").symlink_to(tmp_path / "some")  # not walked again
-    assert ImageFolder(tmp_path / "some", class_folders=True).names == ["cat/1.png", "dog/1.png"]
+        (some / name).symlink_to(tmp_path / "all" / name)
+    (some / "up").symlink_to(some)  # not walked again
+    assert ImageFolder(some, class_folders=True).names == ["cat/1.png", "dog/1.png"]
+    (tmp_path / "all/cat/dog").symlink_to(tmp_path / "all/dog")
+    (tmp_path / "all/dog/cat").symlink_to(tmp_path / "all/cat")  # each is in the other, once
+    assert ImageFolder(some).names == ["cat/1.png", "cat/dog/1.png", "dog/1.png", "dog/cat/1.png"]
+    before = content_of(some)
+    picture(3, 5).save(tmp_path / "all/cat/1.png")
+    assert content_of(some) != before
 
 
 @pytest.mark.parametrize("mode", ["CMYK", "L", "LA", "RGBA", "P", "1"])

@@ -12,6 +12,8 @@ from typing import IO, Any, Protocol
 import numpy as np
 from PIL import Image
 
+from steadyflow.data.images import files_below
+
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 SINGLE_CHANNEL = ("1", "L", "LA")  # Pillow's modes of 8-bit grey images
 # What reading a damaged file raises (RuntimeError: encrypted), and what decoding one raises (a bomb: absurd sides).
@@ -30,19 +32,13 @@ class Files(Protocol):
 
 
 class Folder:
-    """The files below a folder, also behind links: a subset of a large set is often made of them."""
+    """The files below a folder."""
 
     def __init__(self, path: Path):
         self.path = path
 
     def names(self) -> list[str]:
-        names = []
-        for folder, inside, files in os.walk(self.path, followlinks=True):
-            here, below = Path(folder).resolve(), Path(folder).relative_to(self.path)
-            # A link to a folder above would be walked again and again.
-            inside[:] = [name for name in inside if not here.is_relative_to(Path(folder, name).resolve())]
-            names += [(below / file).as_posix() for file in files]
-        return names
+        return files_below(self.path)
 
     def open(self, name: str) -> IO[bytes]:
         return (self.path / name).open("rb")

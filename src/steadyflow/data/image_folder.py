@@ -56,7 +56,8 @@ class ImageFolder(Dataset[tuple[Tensor, int]]):
 
     Raises:
         FileNotFoundError: nothing at path, no image in it, no such split.
-        ValueError: settings out of range; not as many images as expected; a file that is no 8-bit image, by name, when
+        ValueError: settings out of range; not as many images as expected; folders of train and of test read as one set
+            (AFHQ's own zip); a file that is no 8-bit image, by name, when
             it is read.
     """
 
@@ -101,6 +102,8 @@ class ImageFolder(Dataset[tuple[Tensor, int]]):
             rows = rows[self._part([names[i] for i in rows], held_out, hold_last, partition)]
         self.index = kept[own][rows]
         self.names = [self.archive.names[i] for i in self.index]
+        if own == "all":
+            splits.check_unmixed(path, self.names)
         known = [archive.names[i] for s, archive in archives.items() for i in kept[s]]
         if class_json:
             self.num_classes, self.classes, self.labels = self._json_classes(archives)

@@ -1,6 +1,7 @@
 """uint8 images and the float images networks see, and image sets that fit in memory."""
 
 import hashlib
+import os
 from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
@@ -45,13 +46,28 @@ def sha256_of(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+def files_below(folder: Path) -> list[str]:
+    """The files below a folder by their path inside it, with forward slashes.
+
+    Folders behind links are read too (a subset of a large set is often made of them), but for those that lie above.
+    """
+    names = []
+    for place, inside, files in os.walk(folder, followlinks=True):
+        here = Path(place)
+        if any((here / name).is_symlink() for name in inside):
+            above = {parent.resolve() for parent in (here.absolute(), *here.absolute().parents)}
+            inside[:] = [name for name in inside if (here / name).resolve() not in above]
+        names += [(here.relative_to(folder) / name).as_posix() for name in files]
+    return names
+
+
 def content_of(path: Path) -> str:
     """sha256 of a file, or over the names and contents of the files of a folder."""
     if path.is_file():
         return sha256_of(path)
     digest = hashlib.sha256()
-    for file in sorted(file for file in path.rglob("*") if file.is_file()):
-        digest.update(f"{file.relative_to(path).as_posix()} {sha256_of(file)}\n".encode())
+    for name in sorted(files_below(path), key=Path):
+        digest.update(f"{name} {sha256_of(path / name)}\n".encode())
     return digest.hexdigest()
 
 

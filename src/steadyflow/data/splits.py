@@ -22,7 +22,7 @@ def split_archives(path: Path) -> dict[str, ImageArchive]:
     val or valid.
 
     Raises:
-        FileNotFoundError: nothing there. ValueError: folders of both splits deeper inside, which would be read as one.
+        FileNotFoundError: nothing there.
     """
     places = {
         split: place
@@ -31,17 +31,18 @@ def split_archives(path: Path) -> dict[str, ImageArchive]:
         for place in (path.with_name(f"{path.name}_{word}_lmdb"), path / f"{word}.zip", path / word)
         if place.exists()
     }
-    if places:
-        return {split: ImageArchive(place) for split, place in places.items()}
-    archive = ImageArchive(path)
-    folders = {folder for name in archive.names for folder in name.split("/")[:-1]}
+    return {split: ImageArchive(place) for split, place in places.items()} or {"all": ImageArchive(path)}
+
+
+def check_unmixed(where: object, names: Sequence[str]) -> None:
+    """Raises ValueError where the images of one split lie in folders of both: a zip's own train and val, say."""
+    folders = {part for folder in {name.rpartition("/")[0] for name in names} for part in folder.split("/")}
     inside = [next((word for word in words if word in folders), None) for words in WORDS.values()]
     if all(inside):
         raise ValueError(
-            f"{path} holds the folders {' and '.join(map(str, inside))} further inside, and would mix them; give the "
-            "folder they lie in (unpack a zip) as dataset.path"
+            f"{where} holds the folders {' and '.join(map(str, inside))} further inside, and would mix them; give the "
+            "folder they lie in as dataset.path (unpack a zip), or the name of one as dataset.folder"
         )
-    return {"all": archive}
 
 
 def check_counts(where: str, counts: Mapping[str, int], expected: Mapping[str, int] | None) -> None:
