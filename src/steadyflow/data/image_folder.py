@@ -57,8 +57,7 @@ class ImageFolder(Dataset[tuple[Tensor, int]]):
     Raises:
         FileNotFoundError: nothing at path, no image in it, no such split.
         ValueError: settings out of range; not as many images as expected; folders of train and of test read as one set
-            (AFHQ's own zip); a file that is no 8-bit image, by name, when
-            it is read.
+            (AFHQ's own zip); a file that is no 8-bit image, by name, when it is read.
     """
 
     def __init__(
