@@ -17,7 +17,7 @@ from steadyflow.paths import (
     VariancePreserving,
 )
 from steadyflow.samplers import DDIM, DEIS, IPNDM
-from steadyflow.samplers.deis import VARIABLES, AdamsBashforth, RungeKutta
+from steadyflow.samplers.deis import METHODS, VARIABLES, AdamsBashforth, RungeKutta
 
 F64 = torch.float64
 PATHS = [
@@ -152,7 +152,7 @@ def test_order_0_is_ddim(path, variant):
 
 @every_path
 @pytest.mark.parametrize(
-    ("variant", "order"), [*((v, q) for v in VARIABLES for q in (1, 3)), *(("rho_rk", q) for q in RungeKutta.METHODS)]
+    ("variant", "order"), [*((v, q) for v in VARIABLES for q in (1, 3)), *(("rho_rk", q) for q in METHODS)]
 )
 def test_a_point_is_recovered_in_one_step_and_in_any(path, variant, order):
     """eps is constant along the flow of one data point."""
@@ -167,7 +167,7 @@ def test_a_point_is_recovered_in_one_step_and_in_any(path, variant, order):
 
 CONVERGENCE = [  # variant, degree, order
     ("tab", 0, 1), ("tab", 1, 2), ("tab", 2, 3), ("tab", 3, 4), ("rhoab", 3, 4), ("log_rhoab", 3, 4), ("ipndm", 3, 2),
-    ("heun2", 0, 2), ("kutta3", 0, 3), ("rk4", 0, 4),
+    ("heun2", 0, 2), ("kutta3", 0, 3), ("rk4", 0, 4), ("dpm2", 0, 2), ("dpm3", 0, 3),
 ]  # fmt: skip
 
 
@@ -178,7 +178,7 @@ def test_order_of_convergence(variant, degree, order, convergence):
     def build(path, grid, steps):
         if variant == "ipndm":
             return IPNDM(path, grid, steps, degree)
-        if variant in RungeKutta.METHODS:
+        if variant in METHODS:
             return RungeKutta(path, grid, steps, variant)
         return AdamsBashforth(path, grid, steps, variant, degree)
 
@@ -238,7 +238,7 @@ def test_options_out_of_range_are_refused():
     for kwargs, message in (
         ({"variant": "rab"}, "variant must be tab, rhoab, log_rhoab or rho_rk, got rab"),
         ({"order": 4}, "the order of tab must be 0, 1, 2 or 3, got 4"),
-        ({"variant": "rho_rk", "order": 3}, "must be heun2, kutta3 or rk4, got 3"),
+        ({"variant": "rho_rk", "order": 3}, "must be heun2, kutta3, rk4, dpm2, dpm3, got 3"),
         ({"variant": "tab", "order": "heun2"}, "must be 0, 1, 2 or 3, got heun2"),
         ({"nfe": 0}, "nfe must be a positive number of calls"),
     ):

@@ -3,6 +3,7 @@
 from steadyflow.samplers.ddim import DDIM
 from steadyflow.samplers.ddpm import DDPM
 from steadyflow.samplers.deis import DEIS, IPNDM
+from steadyflow.samplers.dpm_solver import DPMSolver
 from steadyflow.samplers.dpmpp import DPMpp
 from steadyflow.samplers.er_sde import ERSDE
 from steadyflow.samplers.euler import Euler
@@ -27,6 +28,7 @@ __all__ = [
     "GDDIM",
     "IPNDM",
     "RK45",
+    "DPMSolver",
     "DPMpp",
     "Euler",
     "EulerMaruyama",

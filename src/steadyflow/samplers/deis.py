@@ -1,8 +1,7 @@
 """DEIS: Adams-Bashforth and Runge-Kutta methods for the probability flow as d(x / alpha) = eps d(sigma / alpha)."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from itertools import count
-from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -28,12 +27,13 @@ class DEIS(Sampler):
         tab         by the polynomial in t through its last order + 1 values      (Eq. 6.13-6.15)
         rhoab       the same in rho                                               (Eq. 6.17)
         log_rhoab   the same in log rho (not in the source)
-        rho_rk      by a Runge-Kutta method in rho: heun2, kutta3 or rk4          (Eq. 6.17)
+        rho_rk      by a Runge-Kutta method in rho: heun2, kutta3 or rk4          (Eq. 6.17);  dpm2, dpm3: DPM-Solver's
 
     `order` of an AB variant is the degree of the polynomial, as in the source: 0 is DDIM, and tAB3 converges with order
     4. Other libraries count the values (diffusers' solver_order=3 is order=2 here). The first steps use what values
     there are; that caps the order of convergence as N grows at 2 on some paths, but not the accuracy at few steps.
-    AB takes one denoiser call a step, heun2 2, kutta3 3, rk4 4, but a step to sigma = 0 or from alpha = 0 takes one.
+    AB takes one denoiser call a step, heun2 and dpm2 2, kutta3 and dpm3 3, rk4 4, but a step to sigma = 0 or from
+    alpha = 0 takes one.
 
     Choose the grid by its variable: tab with quadratic, log_rhoab and rho_rk with log_snr or karras.
     Source: Zhang & Chen 2023 (DEIS); Zhang 2023, Section 6.3-6.4 and Algorithm 5.
@@ -41,7 +41,7 @@ class DEIS(Sampler):
     Args:
         path, grid, steps: see OneStepSampler.
         variant: tab, rhoab, log_rhoab or rho_rk.
-        order: 0..3 for AB; heun2, kutta3 or rk4 for rho_rk.
+        order: 0..3 for AB; heun2, kutta3, rk4, dpm2 or dpm3 for rho_rk.
         nfe: a budget of denoiser calls in place of steps: the fewest steps that reach it.
         lower_final: of AB, use fewer values at the end, one in the last step and two in the one before, for any number
             of steps: steadier where the last steps are long in the variable, but for N to infinity the order is 2.
@@ -180,24 +180,19 @@ class IPNDM(NoiseMultistep):
 
 
 class RungeKutta(OneStepSampler):
-    """rho RK-DEIS: a Runge-Kutta method (a, b, c) for z = x / alpha, dz / d rho = eps(alpha z):
+    """rho RK-DEIS: a Runge-Kutta method for z = x / alpha, dz / d rho = eps(alpha z), of nodes rho_i and weights w_ij:
 
-        eps_i = eps(alpha(rho_i) [z + (rho_s - rho_t) sum_j a_ij eps_j], rho_i),   rho_i = rho_t + c_i (rho_s - rho_t)
-        x_s = alpha_s [z + (rho_s - rho_t) sum_i b_i eps_i]
+        eps_i = eps(alpha(rho_i) [z + sum_j w_ij eps_j], rho_i),   x_s = alpha_s [z + sum_j w_j eps_j]
 
-    with Heun's method, Kutta's of order 3 or the classical one of order 4. A step to sigma_s = 0, where eps says
-    nothing, or from alpha_t = 0, where rho is infinite, is DDIM's.
+    heun2, kutta3 and rk4 are Heun's method, Kutta's of order 3 and the classical one of order 4 in rho, w = (rho_s -
+    rho_t) a; dpm2 and dpm3 are DPM-Solver's, which have their nodes in log rho (see `DPMSolver`). The digit is the
+    order and the number of calls. A step to sigma_s = 0, where eps says nothing, or from alpha_t = 0, where rho is
+    infinite, is DDIM's.
 
     Args:
         path, grid, steps: see OneStepSampler.
-        order: heun2, kutta3 or rk4.
+        order: heun2, kutta3, rk4, dpm2 or dpm3.
     """
-
-    METHODS: ClassVar[dict[str, tuple[list[float], list[list[float]]]]] = {  # c; a, whose last row is b
-        "heun2": ([0, 1], [[], [1], [1 / 2, 1 / 2]]),
-        "kutta3": ([0, 1 / 2, 1], [[], [1 / 2], [-1, 2], [1 / 6, 2 / 3, 1 / 6]]),
-        "rk4": ([0, 1 / 2, 1 / 2, 1], [[], [1 / 2], [0, 1 / 2], [0, 0, 1], [1 / 6, 1 / 3, 1 / 3, 1 / 6]]),
-    }
 
     def __init__(
         self,
@@ -207,42 +202,41 @@ class RungeKutta(OneStepSampler):
         order: int | str = "heun2",
     ):
         super().__init__(path, grid, steps)
-        self.calls_of(order)
-        self.nodes, self.matrix = self.METHODS[str(order)]
+        self.calls, self.stages = self.calls_of(order), METHODS[str(order)]
 
     @classmethod
     def calls_of(cls, order: int | str) -> int:
         """The calls of a step."""
-        if order not in cls.METHODS:
-            raise ValueError(f"the order of rho_rk must be heun2, kutta3 or rk4, got {order}")
-        return len(cls.METHODS[str(order)][0])
+        if order not in METHODS:
+            raise ValueError(f"the order of rho_rk must be {', '.join(METHODS)}, got {order}")
+        return int(str(order)[-1])
 
     @property
     def nfe(self) -> int:
         """The denoiser calls of a sample."""
         single = self.single(self.times[:-1], self.times[1:])
-        return int(torch.where(single, 1, len(self.nodes)).sum())
+        return int(torch.where(single, 1, self.calls).sum())
 
     def single(self, t: Tensor, s: Tensor) -> Tensor:
         """Where a step is DDIM's; alpha(1) = 0 to rounding counts as 0."""
         return (self.path(s)[1] == 0) | (self.path.ratio(t) > 1e8)
 
     def coefficients(self, t: Tensor, s: Tensor) -> Coefficients:
-        """single; keep and pull of DDIM; then for each stage and the end alpha, sigma, alpha / alpha_t, alpha delta."""
+        """single, alpha, sigma; keep and pull of DDIM; then of each further node and the end alpha_i, sigma_i,
+        alpha_i / alpha and alpha_i w_ij."""
         (a_t, s_t), (a_s, s_s) = self.path(t), self.path(s)
-        single = self.single(t, s)
-        rho, delta = self.path.ratio(t), self.path.ratio(s) - self.path.ratio(t)
         keep = s_s / s_t
-        out = [single, a_t, s_t, keep, a_s - keep * a_t]
-        for c in self.nodes[1:]:
-            a_c, s_c = (a_s, s_s) if c == 1 else self.path(self.path.time_at(rho + c * delta))
-            out += [a_c, s_c, a_c / a_t, a_c * delta]
-        return (*out, a_s / a_t, a_s * delta)
+        out = [self.single(t, s), a_t, s_t, keep, a_s - keep * a_t]
+        end = self.path.ratio(s)
+        for rho, weights in self.stages(self.path.ratio(t), end):
+            a_i, s_i = (a_s, s_s) if rho is end else self.path(self.path.time_at(rho))
+            out += [a_i, s_i, a_i / a_t, *(a_i * w for w in weights)]
+        return tuple(out)
 
     def update(
         self, denoiser: Denoiser, x: Tensor, coefficients: Coefficients, z: Tensor | None, **condition: Tensor
     ) -> Tensor:
-        single, alpha, sigma, keep, pull, *stages = coefficients
+        single, alpha, sigma, keep, pull, *rest = coefficients
         if single.any() and not single.all():  # a batch of mixed times: some rows need one call, some more
             out = torch.empty_like(x)
             for rows in (single.nonzero()[:, 0], (~single).nonzero()[:, 0]):
@@ -254,14 +248,65 @@ class RungeKutta(OneStepSampler):
         if single.all():
             return combine(keep, x, pull, x0)
         eps = [combine(1 / sigma, x, -alpha / sigma, x0)]
-        for i, row in enumerate(self.matrix[1:]):
-            at = stages[4 * i : 4 * i + 4]  # of a stage; of the end, only two
-            y = expand(at[-2], x) * x
-            for a, e in zip(row, eps, strict=True):
-                if a:
-                    y = accumulate(y, a * at[-1], e)
-            if len(at) == 2:
-                return y
-            y0 = denoiser(y, at[0], at[1], **condition)
-            eps.append(combine(1 / at[1], y, -at[0] / at[1], y0))
-        raise AssertionError("the last row of the matrix is the end of the step")
+
+        def node(grow: Tensor, *weights: Tensor) -> Tensor:
+            y = expand(grow, x) * x
+            for w, e in zip(weights, eps, strict=True):
+                if w.any():
+                    y = accumulate(y, w, e)
+            return y
+
+        for i in range(1, self.calls):
+            a_i, s_i, *own = rest[: 3 + i]
+            rest = rest[3 + i :]
+            y = node(*own)
+            eps.append(combine(1 / s_i, y, -a_i / s_i, denoiser(y, a_i, s_i, **condition)))
+        return node(*rest[2:])
+
+
+Stages = list[tuple[Tensor, list[Tensor]]]  # of each node after the first and of the end: rho_i and (w_i0, w_i1, ...)
+
+
+def classical(nodes: list[float], matrix: list[list[float]]) -> Callable[[Tensor, Tensor], Stages]:
+    """The stages from rho to `end` of a tableau: c of the nodes after the first; a of them, and b as its last row."""
+
+    def stages(rho: Tensor, end: Tensor) -> Stages:
+        delta = end - rho
+        at = [end if c == 1 else rho + c * delta for c in (*nodes, 1)]
+        return [(r, [a * delta for a in row]) for r, row in zip(at, matrix, strict=True)]
+
+    return stages
+
+
+def dpm2(rho: Tensor, end: Tensor) -> Stages:
+    """The midpoint rule, the midpoint in log rho. Source: Lu et al. 2022 (DPM-Solver), Algorithm 1."""
+    middle = torch.sqrt(rho * end)
+    return [(middle, [middle - rho]), (end, [torch.zeros_like(rho), end - rho])]
+
+
+def dpm3(rho: Tensor, end: Tensor) -> Stages:
+    """eps linear in log rho through its first value and the last, integrated exactly; nodes at thirds of the step in
+    log rho. Source: Lu et al. 2022 (DPM-Solver), Algorithm 2."""
+    h = torch.log(rho / end)
+
+    def slope(to: Tensor, node: float) -> Tensor:
+        """int_rho^to log(rho / r) dr / (node h): the weight of eps_node - eps_0."""
+        u = torch.log(rho / to)
+        return to * (u - torch.expm1(u)) / (node * h)
+
+    first, second = rho * torch.exp(-h / 3), rho * torch.exp(-2 * h / 3)
+    w, v = slope(second, 1 / 3), slope(end, 2 / 3)
+    return [
+        (first, [first - rho]),
+        (second, [second - rho - w, w]),
+        (end, [end - rho - v, torch.zeros_like(v), v]),
+    ]
+
+
+METHODS: dict[str, Callable[[Tensor, Tensor], Stages]] = {
+    "heun2": classical([1], [[1], [1 / 2, 1 / 2]]),
+    "kutta3": classical([1 / 2, 1], [[1 / 2], [-1, 2], [1 / 6, 2 / 3, 1 / 6]]),
+    "rk4": classical([1 / 2, 1 / 2, 1], [[1 / 2], [0, 1 / 2], [0, 0, 1], [1 / 6, 1 / 3, 1 / 3, 1 / 6]]),
+    "dpm2": dpm2,
+    "dpm3": dpm3,
+}
