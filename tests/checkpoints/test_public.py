@@ -1,10 +1,13 @@
 """Public checkpoints: fetched from a server, resumed, verified, converted once; other projects' files by format."""
 
 import hashlib
+import http.client
 import importlib
 import inspect
 import io
 import re
+import subprocess
+import sys
 import threading
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -18,7 +21,7 @@ from torch import Tensor
 
 from steadyflow import cli
 from steadyflow.checkpoints import Public, load
-from steadyflow.checkpoints.download import download, verify
+from steadyflow.checkpoints.download import download, record, verify
 from steadyflow.checkpoints.formats import format_names
 
 CONFIGS = Path(__file__).parents[2] / "configs" / "checkpoint"
@@ -26,12 +29,16 @@ DATA = bytes(range(256)) * 5000  # 1.28 MB: more than one chunk
 
 
 class Server(ThreadingHTTPServer):
-    """Serves `data` with ranges; `breaks` cuts the next answers off after so many bytes."""
+    """Serves `data` with ranges; `breaks` cuts the next answers off after so many bytes.
+
+    One that is not `careful` sends the rest of another version too; `shift` moves what it sends of a range.
+    """
 
     def __init__(self) -> None:
         super().__init__(("127.0.0.1", 0), Handler)
-        self.data, self.etag, self.breaks = DATA, '"1"', [0]
-        self.breaks.clear()
+        self.data, self.version, self.careful, self.shift = DATA, {"ETag": '"1"'}, True, 0
+        self.kind, self.redirect = "application/octet-stream", ""
+        self.breaks: list[int] = []
         self.ranges: list[str | None] = []
 
     @property
@@ -48,15 +55,23 @@ class Handler(BaseHTTPRequestHandler):
         if "none" in self.path:
             self.send_error(404)
             return
-        start = int(re.fullmatch(r"bytes=(\d+)-", asked)[1]) if asked else 0  # type: ignore[index]
-        start = start if self.headers["If-Range"] in (None, self.server.etag) else 0
-        if start >= len(self.server.data):
-            self.send_error(416)
+        if self.server.redirect:
+            self.send_response(302)
+            self.send_header("Location", self.server.redirect)
+            self.end_headers()
             return
-        self.send_response(206 if start else 200)
-        body = self.server.data[start:]
+        start = int(re.fullmatch(r"bytes=(\d+)-", asked)[1]) if asked else 0  # type: ignore[index]
+        if self.server.careful and self.headers["If-Range"] not in (None, *self.server.version.values()):
+            start = 0
+        size = len(self.server.data)
+        self.send_response(206 if 0 < start < size else 416 if start else 200)
+        if start:
+            where = f"{start + self.server.shift}-{size - 1}" if start < size else "*"
+            self.send_header("Content-Range", f"bytes {where}/{size}")
+        body = self.server.data[start + self.server.shift * (start > 0) :]
+        for name, value in (self.server.version | {"Content-Type": self.server.kind}).items():
+            self.send_header(name, value)
         self.send_header("Content-Length", str(len(body)))
-        self.send_header("ETag", self.server.etag)
         self.end_headers()
         self.wfile.write(body[: self.server.breaks.pop() if self.server.breaks else None])
 
@@ -85,16 +100,74 @@ def test_a_broken_download_goes_on_where_it_broke(server: Server, tmp_path: Path
     assert file.read_bytes() == DATA
     assert server.ranges == [None, "bytes=1100000-"]
     assert seen[-1] == (1280000, 1280000)
-    assert [p.name for p in file.parent.iterdir()] == ["weights.pt"]
+    assert {p.name for p in file.parent.iterdir()} == {"weights.pt", ".lock"}
+    file.rename(file.with_name("weights.pt.part"))  # killed when all of it was there
+    file.with_name("weights.pt.version").write_text('"1"')
+    download(server.url, file)
+    assert file.read_bytes() == DATA
+    assert server.ranges[2:] == ["bytes=1280000-"]
 
 
-def test_another_version_on_the_server_is_begun_anew(server: Server, tmp_path: Path) -> None:
-    server.breaks = [500_000]
+@pytest.mark.parametrize(
+    ("before", "after", "requests"),
+    [
+        ({}, {"version": {"ETag": '"2"'}}, 2),
+        ({}, {"version": {"ETag": '"2"'}, "careful": False}, 3),  # it does not know If-Range
+        ({"Last-Modified": "Wed, 21 Oct 2015 07:28:00 GMT", "ETag": 'W/"1"'}, {"version": {"Last-Modified": "now"}}, 2),
+        ({"ETag": 'W/"1"'}, {"careful": False}, 2),  # a weak tag names no bytes
+        ({}, {"shift": -1}, 3),
+    ],
+)
+def test_another_file_or_range_is_begun_anew(
+    server: Server, tmp_path: Path, before: dict[str, str], after: dict[str, Any], requests: int
+) -> None:
+    server.version, server.breaks = before or server.version, [500_000]
     with pytest.raises(ValueError, match="truncated download"):
         download(server.url, tmp_path / "it")
-    server.data, server.etag = DATA[::-1], '"2"'
+    server.data = DATA[::-1]
+    for name, value in after.items():
+        setattr(server, name, value)
     download(server.url, tmp_path / "it")
     assert (tmp_path / "it").read_bytes() == DATA[::-1]
+    assert len(server.ranges) == requests
+
+
+def test_what_came_wrong_does_not_stay(server: Server, tmp_path: Path) -> None:
+    server.data, right = DATA[::-1], hashlib.sha256(DATA).hexdigest()
+    with pytest.raises(
+        ValueError, match=rf"its config says sha256 {right}, found \w+; what came is deleted, try again"
+    ):
+        download(server.url, tmp_path / "it", None, right)
+    server.data, server.kind = b"<html>log in</html>", "text/html; charset=utf-8"
+    with pytest.raises(ValueError, match=rf"answers with a web page; fetch the file by hand to {tmp_path}/it"):
+        download(server.url, tmp_path / "it", None, right)
+    assert [p.name for p in tmp_path.iterdir()] == [".lock"]
+    server.data, server.kind = DATA, "text/plain"
+    download(server.url, tmp_path / "it", None, right)
+
+
+def test_only_one_process_fetches_into_a_folder(server: Server, tmp_path: Path) -> None:
+    code = f"import fcntl; f = open('{tmp_path}/.lock', 'w'); fcntl.lockf(f, fcntl.LOCK_EX); print(1, flush=1); input()"
+    pipes: dict[str, Any] = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
+    with subprocess.Popen([sys.executable, "-I", "-S", "-c", code], **pipes) as other:
+        assert other.stdout is not None
+        other.stdout.readline()
+        with pytest.raises(ValueError, match=f"another process is fetching into {tmp_path} now; wait"):
+            download(server.url, tmp_path / "it")
+        other.communicate(b"\n")
+    download(server.url, tmp_path / "it")
+
+
+def test_https_is_not_left(server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Plain(http.client.HTTPConnection):  # https in name: a certificate is not what is tested
+        def __init__(self, host: str, timeout: float, **_: Any) -> None:
+            super().__init__(host, timeout=timeout)
+
+    monkeypatch.setattr(http.client, "HTTPSConnection", Plain)
+    server.redirect = server.url + "/there"
+    with pytest.raises(ValueError, match=r"https://\S+ redirects to http://\S+/there, which is not https"):
+        download(server.url.replace("http", "https"), tmp_path / "it")
+    assert len(server.ranges) == 1
 
 
 def test_without_a_connection_the_file_to_put_is_named(server: Server, tmp_path: Path) -> None:
@@ -106,14 +179,15 @@ def test_without_a_connection_the_file_to_put_is_named(server: Server, tmp_path:
 def test_a_hash_is_published_or_recorded_and_checked_ever_after(tmp_path: Path) -> None:
     file, sha256 = tmp_path / "it", hashlib.sha256(DATA).hexdigest()
     file.write_bytes(DATA)
-    with pytest.raises(ValueError, match=rf"its config says sha256 {'0' * 64}, found {sha256}; delete it"):
+    with pytest.raises(ValueError, match=rf"its config says sha256 {'0' * 64}, found {sha256}; delete the file"):
         verify(file, "0" * 64)
     with pytest.raises(ValueError, match="its config says md5 00, found"):
         verify(file, None, "00")
     assert verify(file, sha256.upper(), hashlib.md5(DATA).hexdigest()) == verify(file, None) == sha256
+    record(file, sha256)
     assert (tmp_path / "it.sha256").read_text() == f"{sha256}  it\n"
     file.write_bytes(DATA[:-1])
-    with pytest.raises(ValueError, match=rf"it.sha256, of its first use, says sha256 {sha256}, found"):
+    with pytest.raises(ValueError, match=rf"it.sha256 \(to be deleted if .*\) says sha256 {sha256}, found"):
         verify(file, None)
 
 
@@ -245,10 +319,16 @@ def test_bad_files_are_one_line_and_exit_code_2(run: Any, server: Server, tmp_pa
     refused(
         r"weights\.pt: 1 weights are missing, first middle\.0\.block\.norm2\.weight; did you mean middle\.\d\.block"
     )
+    source.write_bytes(b"<!DOCTYPE html><title>Sign in</title>")
+    refused(r"weights\.pt: this is a web page, not the weights")
     source.write_bytes(server.data)
-    refused(r"weights\.pt is not what it should be: weights\.pt\.sha256, of its first use, says sha256 \w+, found \w+")
-    source.with_name("weights.pt.sha256").unlink()
-    refused("has resolution 16; checkpoint tiny has 8", "checkpoint=tiny", "checkpoint.arguments.image_size=16")
+    wrong = ("checkpoint=tiny", "checkpoint.arguments.image_size=16")
+    refused("has resolution 16; checkpoint tiny has 8", *wrong)
+    assert [it.name for it in source.parent.iterdir()] == ["weights.pt"]  # no hash is kept of what was refused
+    assert run("prepare", "checkpoint=tiny")[0] == 0
+    source.write_bytes(server.data[:-1])  # from here on it is
+    refused(r"weights\.pt is not what it should be: \S+/weights\.pt\.sha256 .* says sha256 \w+, found \w+", *wrong)
+    source.write_bytes(server.data)
     file = ("checkpoint=path", f"checkpoint.file={source}")
     refused("a file of another project's; say of which format: it looks like format=ddpm", *file)
     refused(

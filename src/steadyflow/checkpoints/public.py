@@ -1,6 +1,6 @@
 """Public checkpoints: each is a config; its files lie in one folder, and are converted to our form once.
 
-FOLDER/NAME/source/FILE          as published, with FILE.sha256: the hash it had when it first came
+FOLDER/NAME/source/FILE          as published, with FILE.sha256: the hash it had when it was first converted
 FOLDER/NAME/model.safetensors    and config.yaml, card.md: what is loaded, written by the first use of the files
 """
 
@@ -10,10 +10,12 @@ from pathlib import Path
 from typing import Any
 
 from steadyflow.checkpoints.checkpoint import Checkpoint, load
-from steadyflow.checkpoints.download import by_hand, verify
+from steadyflow.checkpoints.download import by_hand, record, verify
 from steadyflow.checkpoints.files import CARD, CONFIG, read_card, save_converted
 from steadyflow.checkpoints.formats import convert
 from steadyflow.checkpoints.running import Running
+
+UNFINISHED = (".sha256", ".part", ".crdownload", ".download", ".tmp")
 
 
 @dataclass(frozen=True)
@@ -26,11 +28,12 @@ class Public:
         url: of its file; with `files`, of the folder they lie in; None where it has to be fetched by hand.
         page: where a person finds it.
         sha256, md5: of the file (of the last of `files`), where one is published; the sha256 that it has when it is
-            first used is kept in any case, and checked ever after.
+            first converted is kept in any case, and checked ever after.
         format, arguments: as `formats.convert` takes them.
         card: what people want to know: architecture, path, prediction, resolution, classes, data range, the published
             FID, licence, source. Resolution and classes are compared with what the file turns out to be.
-        file: its name, where the url does not end in it.
+        file: its name, where the url does not end in it. Of those to be fetched by hand it may be unknown: a file that
+            lies alone in `source` is taken, whatever its name.
         files: several files instead of one.
     """
 
@@ -56,7 +59,15 @@ class Public:
         if self.files:
             base = self.url and self.url.rstrip("/")
             return {self.directory / "source" / name: base and f"{base}/{name}" for name in self.files}
-        return {self.directory / "source" / (self.file or str(self.url).rpartition("/")[2]): self.url}
+        file = self.directory / "source" / (self.file or str(self.url or "weights").rpartition("/")[2])
+        if self.url is None and not file.is_file():
+            put = [it for it in file.parent.glob("[!.]*") if it.is_file() and it.suffix not in UNFINISHED]
+            file = put[0] if len(put) == 1 else file
+        return {file: self.url}
+
+    def hashes(self, file: Path) -> tuple[str | None, str | None]:
+        """The published sha256 and md5 of one of its files."""
+        return (self.sha256, self.md5) if file == [*self.sources()][-1] else (None, None)
 
     def missing(self) -> dict[Path, str | None]:
         """Its files that are not there."""
@@ -83,23 +94,28 @@ class Public:
             ValueError: a file is another than the published or the first one, or not what its config says.
         """
         for file, url in self.missing().items():
+            if url is None:
+                raise FileNotFoundError(
+                    f"checkpoint {self.name} has to be fetched by hand from {self.page}: put {self.file or 'its file'} "
+                    f"into {file.parent}, under any name, alone"
+                )
             raise FileNotFoundError(
                 f"checkpoint {self.name} is not here: `steadyflow prepare checkpoint={self.name}` fetches it; "
                 f"{by_hand(url, file)}"
-                if url
-                else f"checkpoint {self.name} has to be fetched by hand from {self.page}: put its {file.name} at {file}"
             )
         files = [*self.sources()]
-        hashes = {file.name: verify(file, None) for file in files[:-1]}
-        hashes[files[-1].name] = verify(files[-1], self.sha256, self.md5)
+        hashes = {file: verify(file, *self.hashes(file)) for file in files}
         made = convert(files[0].parent if self.files else files[0], self.format, self.arguments)
         for key, found in (("resolution", made.shape[-1]), ("classes", made.num_classes)):
             if self.card.get(key) not in (None, found):
                 raise ValueError(f"{files[-1]} has {key} {found}; checkpoint {self.name} has {self.card[key]}")
-        conversion = {"format": self.format, "arguments": dict(self.arguments), "sha256": hashes}
+        kept = {file.name: sha256 for file, sha256 in hashes.items()}
+        conversion = {"format": self.format, "arguments": dict(self.arguments), "sha256": kept}
         (self.directory / CONFIG).unlink(missing_ok=True)
         card = {**self.card, **made.card, "page": self.page, "conversion": conversion}
         save_converted(self.directory, replace(made, card=card), str(files[-1]))
+        for file, sha256 in hashes.items():
+            record(file, sha256)
 
 
 def public(

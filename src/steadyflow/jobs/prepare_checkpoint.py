@@ -3,6 +3,7 @@
 import logging
 import shutil
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,15 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
-from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
+from rich.progress import (
+    BarColumn,
+    DownloadColumn,
+    Progress,
+    TaskID,
+    TextColumn,
+    TimeRemainingColumn,
+    TransferSpeedColumn,
+)
 from rich.table import Table
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
@@ -74,9 +83,13 @@ def fetch(source: Public) -> None:
     with Progress(*bars, TimeRemainingColumn(), console=console, disable=not console.is_terminal) as progress:
         for file, url in source.missing().items():
             if url is not None:
-                task = progress.add_task(file.name, total=None)
-                download(url, file, lambda have, total, task=task: progress.update(task, completed=have, total=total))  # type: ignore[misc]
+                bar = partial(_advance, progress, progress.add_task(file.name, total=None))
+                download(url, file, bar, *source.hashes(file))
     source.prepare()
+
+
+def _advance(progress: Progress, task: TaskID, have: int, total: int | None) -> None:
+    progress.update(task, completed=have, total=total)
 
 
 def facts(checkpoint: Checkpoint) -> dict[str, Any]:
