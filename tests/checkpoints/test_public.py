@@ -297,6 +297,24 @@ def test_prepare_fetches_verifies_converts_and_exports(run: Any, server: Server,
     )
 
 
+def test_a_file_fetched_by_hand_may_have_any_name_where_it_lies_alone(tmp_path: Path) -> None:
+    named = {"file": "one.pth", "format": "ddpm", "arguments": {"image_size": 8}}
+    source = Public("hand", str(tmp_path), None, "https://page", None, **named)  # type: ignore[arg-type]
+    there = tmp_path / "hand" / "source"
+    refusal = rf"hand has to be fetched by hand from https://page: put one.pth into {there}, under any name, alone"
+    with pytest.raises(FileNotFoundError, match=refusal):
+        source.prepare()
+    there.mkdir(parents=True)
+    (there / "one (1).pth").write_bytes(saved(ddpm_state()))
+    (there / "other.pth").touch()
+    with pytest.raises(FileNotFoundError, match=refusal):
+        source.prepare()
+    (there / "other.pth").rename(there / "other.crdownload")
+    source.prepare()
+    assert source.converted()
+    assert not source.missing()
+
+
 def flops_by_hand(w: int = 32, n: int = 64) -> int:
     """Two a multiply-add: convolutions (3 x 3 in five blocks, two of them on 2 w channels), matrices, attention."""
     convolutions = 9 * n * (3 * w + 3 * w + (3 * 2 + 2 * 3) * w * w) + 2 * n * 2 * w * w
