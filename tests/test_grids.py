@@ -5,8 +5,9 @@ import math
 import numpy as np
 import pytest
 import torch
+from scipy.optimize import brentq
 
-from steadyflow.grids import Indices, Karras, LogSNR, Power, Quadratic, Uniform
+from steadyflow.grids import Indices, Karras, LogSNR, Power, Quadratic, Uniform, Variances
 from steadyflow.paths import (
     EDM,
     ConditionalOT,
@@ -28,7 +29,7 @@ every_path = pytest.mark.parametrize("path", PATHS, ids=lambda path: type(path).
 
 
 @every_path
-@pytest.mark.parametrize("grid", [Uniform, Power, Quadratic, LogSNR, Karras, Indices])
+@pytest.mark.parametrize("grid", [Uniform, Power, Quadratic, LogSNR, Karras, Indices, Variances])
 def test_every_grid_falls_from_its_start_to_zero_on_every_path(grid, path):
     for steps in (2, 3, 18, 200):
         times = grid()(path, steps)
@@ -123,6 +124,30 @@ def test_repeated_quadratic_indices_move_to_the_next_free_one():
     assert (indices[40:] == repeated[40:]).all()  # only the dense end moves
 
 
+def test_as_many_linear_variances_as_a_schedule_has_are_that_schedule():
+    times = Variances("linear", first=2e-4)(DiscreteVariancePreserving(2e-4, 0.03, 300), 300)
+    np.testing.assert_allclose(times, np.arange(300, -1, -1) / 300, atol=1e-13)
+
+
+@pytest.mark.parametrize("steps", [10, 50])
+@pytest.mark.parametrize("spacing", ["linear", "quadratic"])
+def test_variances_are_those_of_fast_dpms_code(spacing, steps):
+    """It varies the last beta, or the factor x of (1 + i x)^2 below 0.95 / (N sqrt(beta_0)), until the ends agree."""
+    path, i = DiscreteVariancePreserving(), np.arange(steps)
+    low, high, betas = 1e-4, 0.99, lambda last: np.linspace(1e-4, last, steps)
+    if spacing == "quadratic":
+        low, high, betas = 0.0, 95 / steps, lambda x: 1e-4 * (1 + i * x) ** 2
+    end = np.prod(1 - np.linspace(1e-4, 0.02, 1000))
+
+    def excess(x):
+        return np.log(np.prod(1 - betas(x)) / end)
+
+    x = high if excess(high) > 0 else brentq(excess, low, high, xtol=1e-14)
+    alpha, _ = path(Variances(spacing, most=0.95 if spacing == "quadratic" else None)(path, steps)[:-1])
+    np.testing.assert_allclose(alpha**2, np.cumprod(1 - betas(x))[::-1], rtol=1e-10)
+    assert (x == high) == (spacing == "quadratic" and steps == 10)
+
+
 @pytest.mark.parametrize("options", [{"start": 0.1, "end": 0.2}, {"start": 1.1}, {"end": -0.1}, {"end": 0.0}])
 def test_ends_out_of_order_are_refused(options):
     with pytest.raises(ValueError, match="need"):
@@ -139,6 +164,13 @@ def test_refusals_say_what_to_do():
             Indices()(DiscreteVariancePreserving(), steps)
     with pytest.raises(ValueError, match="linear or quadratic"):
         Indices("cubic")
+    with pytest.raises(ValueError, match="linear or quadratic"):
+        Variances("cubic")
+    for steps in (1, 200_000):
+        with pytest.raises(ValueError, match=rf"need 2\.\.101172 steps on this path, got {steps}"):
+            Variances()(DiscreteVariancePreserving(), steps)
+    with pytest.raises(ValueError, match="most > 0"):
+        Variances(most=0.0)
     with pytest.raises(ValueError, match="sigma_min < sigma_max"):
         Karras(1.0, 0.5)
     with pytest.raises(ValueError, match="power > 0"):

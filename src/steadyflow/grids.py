@@ -1,6 +1,7 @@
 """Time grids 1 >= t_0 > t_1 > ... > t_N >= 0: where a sampler stops between noise and data."""
 
 import json
+import math
 import os
 from abc import ABC, abstractmethod
 from itertools import pairwise
@@ -173,6 +174,53 @@ class Indices(Grid):
         else:  # floor(k^2 c) is convex in k, so moving repeated indices up amounts to the maximum with k
             indices = [max(k, int(0.8 * total * (k / (steps - 1)) ** 2 + 1e-9)) for k in range(steps)]
         return _close((torch.tensor(indices[::-1], dtype=torch.float64) + 1) / total, True)
+
+
+class Variances(Grid):
+    """The noise levels of a DDPM of N steps with variances of its own, between the ends of the path; then t = 0.
+
+        alpha^2 / (alpha^2 + sigma^2) = prod_{j <= i} (1 - beta_j)  at t_{N-1-i},  i = 0, ..., N-1
+        beta_i = beta_0 + i d  (linear)  or  (sqrt(beta_0) + i d)^2  (quadratic),  d > 0 such that t_0 = 1
+
+    N = T linear ones are the discrete schedule with this beta_0; fewer lie between its indices, and the network is
+    called at fractional ones. Where sigma / alpha passes 160 before t = 1, t_0 is where it does.
+    Source: Kong & Ping 2021 (FastDPM), "VAR", and its code.
+
+    Args:
+        spacing: "linear" or "quadratic".
+        first: beta_0, the variance of the last step.
+        most: bounds d by most / N, so that few steps begin before t = 1, with less noise: 0.95 in the source's code,
+            where it moves 10 quadratic steps, which begin at alpha^2 = 0.021, and hardly 20. None: no bound.
+
+    Raises:
+        ValueError: an unknown spacing, beta_0 outside (0, 1), most <= 0, fewer than two steps, or so many that
+            variances of beta_0 pass the path's end.
+    """
+
+    def __init__(self, spacing: str = "quadratic", first: float = 1e-4, most: float | None = None):
+        if spacing not in ("linear", "quadratic"):
+            raise ValueError(f"spacing must be linear or quadratic, got {spacing}")
+        if not (0 < first < 1 and (most is None or most > 0)):
+            raise ValueError(f"need 0 < first < 1 and most > 0, got {first} and {most}")
+        self.power, self.first, self.most = (1 if spacing == "linear" else 2), float(first), most
+
+    def __call__(self, path: GaussianPath, steps: int) -> Tensor:
+        end = torch.log1p(path.ratio(1.0).clamp(max=160.0) ** 2).item()
+        most = math.ceil(-end / math.log1p(-self.first)) - 1
+        if not 2 <= steps <= most:
+            raise ValueError(f"variances of {self.first} and more need 2..{most} steps on this path, got {steps}")
+        low, high = 0.0, (1 - self.first ** (1 / self.power)) / (steps - 1)
+        if self.most is not None:
+            high = min(high, self.most / steps)
+        for _ in range(60):
+            d = (low + high) / 2
+            low, high = (low, d) if self._levels(d, steps)[-1] > end else (d, high)
+        return _close(path.time_at(torch.sqrt(torch.expm1(self._levels(low, steps).flip(0)))), True)
+
+    def _levels(self, d: float, steps: int) -> Tensor:
+        """-log prod_{j <= i} (1 - beta_j), which rises with d."""
+        root = self.first ** (1 / self.power) + d * torch.arange(steps, dtype=torch.float64)
+        return -torch.log1p(-(root**self.power)).cumsum(0)
 
 
 class Saved(Grid):
