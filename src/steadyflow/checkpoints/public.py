@@ -15,7 +15,7 @@ from steadyflow.checkpoints.files import CARD, CONFIG, read_card, save_converted
 from steadyflow.checkpoints.formats import convert
 from steadyflow.checkpoints.running import Running
 
-UNFINISHED = (".sha256", ".part", ".crdownload", ".download", ".tmp")
+BESIDE = (".sha256", ".part", ".crdownload", ".download", ".tmp")  # no files of weights: a hash, downloads that go on
 
 
 @dataclass(frozen=True)
@@ -61,7 +61,7 @@ class Public:
             return {self.directory / "source" / name: base and f"{base}/{name}" for name in self.files}
         file = self.directory / "source" / (self.file or str(self.url or "weights").rpartition("/")[2])
         if self.url is None and not file.is_file():
-            put = [it for it in file.parent.glob("[!.]*") if it.is_file() and it.suffix not in UNFINISHED]
+            put = [it for it in file.parent.glob("[!.]*") if it.is_file() and it.suffix not in BESIDE]
             file = put[0] if len(put) == 1 else file
         return {file: self.url}
 
