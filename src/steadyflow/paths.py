@@ -137,8 +137,9 @@ class DiscreteVariancePreserving(GaussianPath):
     """
 
     def __init__(self, beta_start: float = 1e-4, beta_end: float = 0.02, steps: int = 1000):
-        if not (0 < beta_start <= beta_end < 1 and steps >= 1):
-            raise ValueError(f"need 0 < beta_start <= beta_end < 1, steps >= 1; got {beta_start}, {beta_end}, {steps}")
+        if not (0 < beta_start <= beta_end < 1 and 1 <= steps <= 10**6):
+            needed = "0 < beta_start <= beta_end < 1 and steps from 1 to a million"
+            raise ValueError(f"need {needed}; got {beta_start}, {beta_end}, {steps}")
         self.beta_start, self.beta_end, self.steps = float(beta_start), float(beta_end), int(steps)
         betas = torch.linspace(self.beta_start, self.beta_end, self.steps, dtype=torch.float64)
         self._table = torch.cat([betas.new_zeros(1), -torch.log1p(-betas).cumsum(0)])  # B = -log alpha_bar at the knots

@@ -16,8 +16,8 @@ import safetensors.torch
 import torch
 from torch import nn
 
+from steadyflow.checkpoints.machine import Record
 from steadyflow.checkpoints.pickles import read_state
-from steadyflow.checkpoints.unpickler import Record
 
 
 def legacy(obj: Any, file: Path) -> None:

@@ -19,7 +19,7 @@ import yaml
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from steadyflow.checkpoints.formats import Converted
+from steadyflow.checkpoints.formats import Converted, check_sizes
 from steadyflow.checkpoints.nodes import build, nearest
 from steadyflow.checkpoints.weights import read_weights, write_weights
 from steadyflow.data.image_writing import whole_file
@@ -31,6 +31,7 @@ from steadyflow.paths import GaussianPath
 WEIGHTS, CONFIG, CARD = "model.safetensors", "config.yaml", "card.md"
 NODES = ("network", "path", "denoiser")
 ENTRIES = (*NODES, "shape", "num_classes", "sha256", "config_sha256")
+CALLS = 2**17  # of torch's functions while a network is built: the largest published ones make 10000
 Model = NetworkDenoiser | NetworkNoise | VelocityNoise | NetworkClassifier
 Parts = tuple[Model, GaussianPath | LinearDiffusion, tuple[int, ...], int, str, dict[str, Any]]
 
@@ -129,9 +130,12 @@ def load_parts(directory: Path, sha256: str | None, trusted: Collection[str]) ->
                 f"{file} is truncated or edited: {source} expects sha256 {expected}, found {found} "
                 f"({file.stat().st_size} bytes); fetch or save it again"
             )
+    try:
+        check_sizes(config["shape"], config["num_classes"])
+    except ValueError as error:
+        raise ValueError(f"{directory / CONFIG}: {error}") from error
     denoiser = assembled(config, read_weights(file), str(directory / CONFIG), trusted, str(file))
-    shape = tuple(int(n) for n in config["shape"])
-    return denoiser, denoiser.path, shape, int(config["num_classes"]), found, read_card(directory / CARD)
+    return denoiser, denoiser.path, tuple(config["shape"]), config["num_classes"], found, read_card(directory / CARD)
 
 
 def assembled(
@@ -187,8 +191,10 @@ def _build(config: Mapping[str, Any], where: str, trusted: Collection[str] | Non
 class _WithoutMemory(TorchFunctionMode):
     """Tensors are made on the meta device, and left as they are by whoever would fill them.
 
-    Filling them there would do nothing, after seconds of imports.
+    Filling them there would do nothing, after seconds of imports. Raises ValueError where somebody makes CALLS of them.
     """
+
+    calls = 0
 
     def __enter__(self) -> Self:
         self.device = torch.device("meta")
@@ -200,6 +206,9 @@ class _WithoutMemory(TorchFunctionMode):
         self.device.__exit__(*error)
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.calls += 1
+        if self.calls > CALLS:  # a file's "num_res_blocks: 1000000000" would build until the memory ends
+            raise ValueError("a network of more than 10000 layers")
         name, kwargs = getattr(func, "__name__", ""), kwargs or {}
         fills = name.endswith("_") and not name.endswith("__") and name != "requires_grad_"
         filled = args[0] if args else kwargs.get("tensor")

@@ -4,6 +4,7 @@ import difflib
 import importlib
 import inspect
 from collections.abc import Collection
+from itertools import islice
 from typing import Any
 
 TRUSTED = ("steadyflow.networks", "steadyflow.paths", "steadyflow.diffusions", "steadyflow.denoisers")
@@ -11,8 +12,15 @@ TRUSTED = ("steadyflow.networks", "steadyflow.paths", "steadyflow.diffusions", "
 
 def nearest(word: str, known: Collection[str]) -> str:
     """'; did you mean ...?' with the known word nearest to `word`, or nothing."""
-    near = difflib.get_close_matches(word, list(known), n=1, cutoff=0.5)
+    near = difflib.get_close_matches(word, list(islice(known, 10_000)), n=1, cutoff=0.5)  # a file may have millions
     return f"; did you mean {near[0]}?" if near else ""
+
+
+def shown(value: object, limit: int = 80) -> str:
+    """A text, or the repr of anything else, on one line of no more than `limit` characters: a file may hold any."""
+    text = (value if isinstance(value, str) else repr(value))[: limit + 1]
+    text = text if text.isprintable() else ascii(text)[1:-1]
+    return text if len(text) <= limit else f"{text[: limit - 3]}..."
 
 
 def build(node: Any, where: str, trusted: Collection[str] | None = (), **given: Any) -> Any:
@@ -31,7 +39,7 @@ def build(node: Any, where: str, trusted: Collection[str] | None = (), **given: 
         ValueError: what is wrong with the node, with the nearest right name.
     """
     if not isinstance(node, dict) or not isinstance(node.get("_target_"), str):
-        raise ValueError(f"{where} must be a mapping with a _target_, got {node!r}")
+        raise ValueError(f"{where} must be a mapping with a _target_, got {shown(node)}")
     cls = _resolve(node["_target_"], where, trusted)
     known = inspect.signature(cls).parameters
     arguments = {}
@@ -47,8 +55,9 @@ def build(node: Any, where: str, trusted: Collection[str] | None = (), **given: 
         raise ValueError(f"{where}: {node['_target_']} needs {', '.join(missing)}")
     try:
         return cls(**arguments, **given)
-    except (TypeError, ValueError) as error:
-        raise ValueError(f"{where}: {node['_target_']} refuses its arguments: {error}") from error
+    except (TypeError, ValueError, ArithmeticError, AttributeError, LookupError, MemoryError, RuntimeError) as error:
+        said = shown(" ".join(str(error).split()), 1000)
+        raise ValueError(f"{where}: {node['_target_']} refuses its arguments: {said}") from error
 
 
 def _resolve(target: str, where: str, trusted: Collection[str] | None) -> type:

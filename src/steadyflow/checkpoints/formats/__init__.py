@@ -16,7 +16,7 @@ from typing import Any
 
 from torch import Tensor
 
-from steadyflow.checkpoints.nodes import nearest
+from steadyflow.checkpoints.nodes import nearest, shown
 from steadyflow.checkpoints.pickles import read_state, tensors_of
 
 MARKS = {  # part of a weight's name -> the format it belongs to
@@ -26,6 +26,8 @@ MARKS = {  # part of a weight's name -> the format it belongs to
     "time_embedding.linear_1.weight": "diffusers",
     "_modules.enc._modules": "edm",
 }
+
+LARGEST = 2**14  # side of an image
 
 
 @dataclass(frozen=True)
@@ -45,6 +47,21 @@ class Converted:
     shape: tuple[int, ...]
     num_classes: int = 0
     card: Mapping[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        check_sizes(self.shape, self.num_classes)
+
+
+def check_sizes(shape: Any, num_classes: Any) -> None:
+    """That a file's shape of samples and number of classes are such.
+
+    Raises:
+        ValueError: they are not, or so large that a sample of them takes the memory.
+    """
+    whole = isinstance(shape, list | tuple) and all(isinstance(n, int) and 0 < n <= LARGEST for n in shape)
+    if not whole or not isinstance(num_classes, int) or num_classes < 0:
+        found = f"{shown(shape)} and {shown(num_classes)}"
+        raise ValueError(f"a shape is of numbers from 1 to {LARGEST}, num_classes is 0 or more; found {found}")
 
 
 def multiples(widths: Sequence[int], base: int) -> list[int | float]:
@@ -78,9 +95,15 @@ def convert(file: str | Path, format: str, arguments: Mapping[str, Any]) -> Conv
         )
     try:
         return read(Path(file), **arguments)
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        said = str(error) if isinstance(error, ValueError) else f"{file} does not read as {format}: {error!r}"
-        like = None if "could run code" in said else looks_like(Path(file))
+    except OSError:
+        raise
+    except Exception as error:  # whatever a damaged file, or one of another kind, leads to
+        named = isinstance(error, ValueError) and str(file) in str(error)
+        said = shown(str(error) if named else f"{file} does not read as {format}: {error!r}", 1000)
+        try:
+            like = looks_like(Path(file))
+        except ValueError:  # said already
+            like = None
         raise ValueError(said if like in (None, format) else f"{said}; it looks like format={like}") from error
 
 

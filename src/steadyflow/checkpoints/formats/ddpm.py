@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from steadyflow.checkpoints.formats import Converted, multiples
-from steadyflow.checkpoints.nodes import nearest
+from steadyflow.checkpoints.nodes import nearest, shown
 from steadyflow.checkpoints.pickles import read_state
 
 # ours -> theirs
@@ -101,7 +101,13 @@ def _plain_state(found: Any, file: str | Path, ema: bool) -> dict[str, Tensor]:
 
 
 def rename(state: Mapping[str, Tensor], levels: int, blocks: int) -> dict[str, Tensor]:
-    """Their weights by our names; weights that the architecture does not have keep theirs."""
+    """Their weights by our names; weights that the architecture does not have keep theirs.
+
+    Raises:
+        ValueError: more blocks than weights.
+    """
+    if not isinstance(blocks, int) or levels * blocks > len(state):
+        raise ValueError(f"{levels} levels of {shown(blocks)} blocks, in {len(state)} weights")
     stages = {}  # ours -> theirs, the residual block, the attention or the convolution of each stage
     for level in range(levels):
         for i in range(blocks):

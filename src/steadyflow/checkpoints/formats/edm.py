@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 
 from steadyflow.checkpoints.formats import Converted
+from steadyflow.checkpoints.machine import Record
+from steadyflow.checkpoints.nodes import shown
 from steadyflow.checkpoints.pickles import read_state
-from steadyflow.checkpoints.unpickler import Record
 
 NETWORK, PATH, DENOISER = "steadyflow.networks", "steadyflow.paths", "steadyflow.denoisers"
 BLOCK = {"norm0": "norm1", "conv0": "conv1", "affine": "condition", "norm1": "norm2", "conv1": "conv2", "skip": "skip"}
@@ -73,9 +74,17 @@ def network_record(file: str | Path, weights: str) -> Record:
 
 
 def settings_of(record: Record) -> dict[str, Any]:
-    """The arguments a network was built with, and the attributes it kept of those left at their defaults."""
+    """The arguments a network was built with, and the attributes it kept of those left at their defaults.
+
+    Raises:
+        ValueError: more blocks than weights.
+    """
     plain = {k: v for k, v in record.state.items() if not k.startswith("_")}
-    return plain | dict(record.state["_init_kwargs"])
+    settings = plain | dict(record.state["_init_kwargs"])
+    levels, blocks, weights = len(settings.get("channel_mult", ())), settings.get("num_blocks", 1), record.tensors()
+    if not isinstance(blocks, int) or levels * blocks > len(weights):
+        raise ValueError(f"{levels} levels of {shown(blocks)} blocks, in {len(weights)} weights")
+    return settings
 
 
 def _preconditioning(net: Record, sigma_max: float, file: str) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any]]:
