@@ -10,8 +10,9 @@ import torch
 from torch import Tensor, nn
 
 import steadyflow.networks
-from steadyflow.checkpoints import Running, load, save
+from steadyflow.checkpoints import Running, embedded, load, save
 from steadyflow.checkpoints.files import assembled
+from steadyflow.checkpoints.nodes import build
 from steadyflow.denoisers import EpsDenoiser
 from steadyflow.networks import MLP, UNet
 from steadyflow.paths import VariancePreserving
@@ -107,12 +108,41 @@ def test_compile_is_asked_for_once(file: Path, monkeypatch: pytest.MonkeyPatch) 
 
 def test_what_cannot_be_is_refused() -> None:
     batch = "max_batch must be at least 1, auto or null"
-    known = {"precision": "precision must be fp32, bf16", "max_batch": batch}
-    for key, value in (("precision", "fp8"), ("max_batch", 0), ("max_batch", "all")):
+    known = {
+        "precision": "precision must be fp32, bf16",
+        "max_batch": batch,
+        "compile": "compile must be true or false",
+    }
+    wrong = [("precision", "fp8"), ("precision", ["fp16"]), ("compile", "maybe")]
+    for key, value in (*wrong, ("max_batch", 0), ("max_batch", "all"), ("max_batch", True)):
         with pytest.raises(ValueError, match=known[key]):
             Running(**{key: value})  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="no way to run a network: 'cuda'; choose checkpoint/running="):
+        embedded("digits32", running="cuda")  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="MLP cannot recompute activations"):
         Running(checkpoint_activations=True)(MLP(2, 8))
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"_target_": "steadyflow.networks.NCSNpp", "model_channels": 8, "fourier": True, "attention_resolutions": []},
+        {"_target_": "steadyflow.networks.EDM2UNet", "model_channels": 64, "attention_resolutions": []},
+    ],
+)
+def test_half_precision_is_of_weights_and_never_of_frequencies(options: dict[str, Any], tmp_path: Path) -> None:
+    options |= {"channel_mult": [1], "num_res_blocks": 1, "image_size": 8}
+    torch.manual_seed(0)
+    network = build(options, "test")
+    denoiser = EpsDenoiser(network, VariancePreserving())
+    save(tmp_path, denoiser, NODES | {"network": options}, (3, 8, 8), 0, {}, dtype=torch.float16)
+    found = load(tmp_path, running=Running(precision="fp32")).denoiser.network.state_dict()
+    buffers = {name: value.clone() for name, value in network.named_buffers()}
+    assert buffers
+    assert all(torch.equal(found[name], value) for name, value in buffers.items())
+    assert all(torch.equal(found[name], p.half().float()) for name, p in network.named_parameters())
+    network.half()
+    assert all(torch.equal(network.get_buffer(name), value) for name, value in buffers.items())
 
 
 def test_a_network_takes_the_weights_of_its_file_themselves(file: Path) -> None:

@@ -17,6 +17,7 @@ from steadyflow.denoisers import (
     VDenoiser,
     VelocityDenoiser,
     X0Denoiser,
+    denoise_and_pull,
 )
 from steadyflow.paths import (
     EDM,
@@ -215,6 +216,21 @@ def test_edm_network_sees_unit_variance_inputs_and_log_noise():
     assert float(t[0]) == pytest.approx(math.log(3.0) / 4, rel=1e-6)
     with pytest.raises(ValueError, match="sigma_data > 0"):
         EDMDenoiser(network, path, sigma_data=0.0)
+
+
+@pytest.mark.parametrize("size", [1e-8, 1e6])
+def test_a_pullback_through_float16_neither_overflows_nor_vanishes(size):
+    """(v - sigma W^T v) / alpha is J^T v of x_0 = (x - sigma W x) / alpha, with v beyond float16 or far below."""
+    torch.manual_seed(0)
+    path, t = VariancePreserving(), torch.tensor(0.9, dtype=torch.float64)
+    network = nn.Sequential(nn.Linear(4, 4, bias=False)).half()
+    network.forward = lambda x, t: network[0](x)
+    v = size * torch.randn(3, 4) * torch.tensor([[1.0], [1e3], [0.0]])
+    _, pull = denoise_and_pull(EpsDenoiser(network, path), torch.randn(3, 4), *path(t))
+    alpha, sigma = (float(c) for c in path(t))
+    expected = (v - sigma * v @ network[0].weight.detach().float()) / alpha
+    for found, want in zip(pull(v), expected, strict=True):
+        assert (found - want).norm() <= 2e-3 * want.norm()
 
 
 def test_counted_denoiser_counts_rows(exact):

@@ -144,6 +144,10 @@ def load(
         model = assembled(made.nodes, made.state, f"{place} as {format}", weights=str(place))
         parts = (model, model.path, made.shape, made.num_classes, found, dict(made.card))
     if running is not None:
+        if not isinstance(running, Running):
+            raise ValueError(
+                f"no way to run a network: {running!r}; choose checkpoint/running=plain or cuda, or an entry"
+            )
         running(parts[0].network)
     return Checkpoint(str(file), *parts)
 
@@ -153,8 +157,11 @@ def embedded_names() -> list[str]:
     return sorted(p.parent.name for p in PACKAGE.glob("*/config.yaml"))
 
 
-def embedded(name: str) -> Checkpoint:
+def embedded(name: str, running: Running | None = None) -> Checkpoint:
     """A checkpoint that ships with the package.
+
+    Args:
+        running: see `load`.
 
     Raises:
         ValueError: no such name; says which there are. And as `load`.
@@ -163,7 +170,7 @@ def embedded(name: str) -> Checkpoint:
     if name not in names:
         there = f"there are {', '.join(names)}" if names else "this installation has none"
         raise ValueError(f"no embedded checkpoint {name!r}: {there}{nearest(name, names)}")
-    return replace(load(PACKAGE / name), name=name)
+    return replace(load(PACKAGE / name, running=running), name=name)
 
 
 class Dataset(Protocol):

@@ -55,8 +55,8 @@ def save(
         shape: S of one sample.
         num_classes: 0 without labels.
         card: plain data; config, seed, steps, git revision, metrics.
-        dtype: of the floating-point weights in the file, as torch.float16; None keeps theirs. `load` gives float32
-            (float64 for float64 weights).
+        dtype: of the weights in the file, as torch.float16; None keeps theirs. Buffers keep theirs in any case: the
+            frequencies of a time embedding need it. `load` gives float32 (float64 for float64 weights).
 
     Raises:
         ValueError: nodes that build another denoiser, or data that is not plain.
@@ -74,7 +74,9 @@ def save(
         raise ValueError(
             f"the nodes build {_describe(again)}, but the denoiser to save is {_describe(denoiser)} with other settings"
         )
-    _write_all(directory, config, state, card, dtype)
+    parameters = denoiser.network.named_parameters(remove_duplicate=False)
+    kinds = {name: dtype for name, weight in parameters if dtype and weight.is_floating_point()}
+    _write_all(directory, config, state, card, kinds)
 
 
 def save_converted(directory: str | Path, converted: Converted, where: str = "the file") -> None:
@@ -90,7 +92,7 @@ def save_converted(directory: str | Path, converted: Converted, where: str = "th
     config = {key: converted.nodes[key] for key in NODES}
     config |= {"shape": [int(n) for n in converted.shape], "num_classes": int(converted.num_classes)}
     _check_state(_build(config, "the converted checkpoint", trusted=()).network, converted.state, where)
-    _write_all(Path(directory), config, converted.state, converted.card, None)
+    _write_all(Path(directory), config, converted.state, converted.card, {})
 
 
 def _write_all(
@@ -98,7 +100,7 @@ def _write_all(
     config: dict[str, Any],
     state: Mapping[str, Tensor],
     card: Mapping[str, Any],
-    dtype: torch.dtype | None,
+    kinds: Mapping[str, torch.dtype],
 ) -> None:
     try:
         json.dumps(config)
@@ -106,7 +108,7 @@ def _write_all(
     except (TypeError, yaml.YAMLError) as error:
         raise ValueError(f"nodes and card must be plain data (dict, list, str, number, bool, None): {error}") from error
     directory.mkdir(parents=True, exist_ok=True)
-    config["sha256"] = write_weights(directory / WEIGHTS, state, dtype)
+    config["sha256"] = write_weights(directory / WEIGHTS, state, kinds)
     config["config_sha256"] = _config_hash(config)
     _write(directory / CARD, text)
     _write(directory / CONFIG, yaml.safe_dump(config, sort_keys=False, width=120))
@@ -155,7 +157,8 @@ def assembled(
     """
     model = _build(nodes, where, trusted)
     _check_state(model.network, state, weights)
-    dtype = torch.float64 if any(value.dtype == torch.float64 for value in state.values()) else torch.float32
+    double = any(state[name].dtype == torch.float64 for name, _ in model.network.named_parameters())
+    dtype = torch.float64 if double else torch.float32
     state = {key: value.to(dtype) if value.is_floating_point() else value for key, value in state.items()}
     if _has_further_tensors(model.network):  # buffers outside the state dict are made by building it for real
         model = _build(nodes, where, trusted, meta=False)

@@ -25,7 +25,7 @@ class Running:
             network the activations of all rows are kept: that takes checkpoint_activations, or a smaller batch.
 
     Raises:
-        ValueError: another precision, another max_batch; in the call, a network that cannot recompute activations.
+        ValueError: a value of another kind; in the call, a network that cannot recompute activations.
     """
 
     precision: str | None = None
@@ -35,9 +35,12 @@ class Running:
     max_batch: int | str | None = None
 
     def __post_init__(self) -> None:
-        if self.precision is not None and self.precision not in PRECISIONS:
+        if self.precision not in (None, *PRECISIONS):
             raise ValueError(f"precision must be {', '.join(PRECISIONS)} or null, got {self.precision!r}")
-        if not (self.max_batch in (None, "auto") or (isinstance(self.max_batch, int) and self.max_batch >= 1)):
+        for name in ("channels_last", "compile", "checkpoint_activations"):
+            if not isinstance(value := getattr(self, name), bool):
+                raise ValueError(f"{name} must be true or false, got {value!r}")
+        if not (self.max_batch in (None, "auto") or (type(self.max_batch) is int and self.max_batch >= 1)):
             raise ValueError(f"max_batch must be at least 1, auto or null, got {self.max_batch}")
 
     def __call__(self, network: nn.Module) -> None:

@@ -43,27 +43,26 @@ def read_weights(file: Path) -> dict[str, Tensor]:
         raise ValueError(f"{file} is no safetensors file: {kind}") from error
 
 
-def write_weights(file: Path, state: Mapping[str, Tensor], dtype: torch.dtype | None = None) -> str:
+def write_weights(file: Path, state: Mapping[str, Tensor], kinds: Mapping[str, torch.dtype]) -> str:
     """Writes a state dict, whole or not at all.
 
     Args:
         file: of the format of huggingface.co/docs/safetensors: length of the header, header, tensors.
         state: tensors, mapped ones too.
-        dtype: of the floating-point ones in the file; None keeps theirs.
+        kinds: of those that have another precision in the file, by name.
 
     Returns:
         sha256 of the file.
     """
     digest = hashlib.sha256()
     with whole_file(file) as temporary, temporary.open("wb") as stream:
-        for part in _parts(state, dtype):
+        for part in _parts(state, {key: kinds.get(key, value.dtype) for key, value in state.items()}):
             digest.update(part)
             stream.write(part)
     return digest.hexdigest()
 
 
-def _parts(state: Mapping[str, Tensor], dtype: torch.dtype | None) -> Iterator[bytes | memoryview]:
-    kinds = {key: dtype if dtype and value.is_floating_point() else value.dtype for key, value in state.items()}
+def _parts(state: Mapping[str, Tensor], kinds: Mapping[str, torch.dtype]) -> Iterator[bytes | memoryview]:
     order = sorted(state, key=lambda key: (-kinds[key].itemsize, key))  # wide numbers first: all are aligned
     header, end = {}, 0
     for key in order:

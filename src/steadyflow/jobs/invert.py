@@ -82,7 +82,7 @@ def run(cfg: DictConfig) -> dict[str, Any]:
         inference_mode=False,  # methods differentiate
     )
     inputs = {"checkpoint": checkpoint.sha256, "images": content_hash(images, index)}
-    if record.claim(directory, cfg, inputs=inputs, ignore=("batch_size",)):
+    if record.claim(directory, cfg, inputs=inputs, ignore=("batch_size", "checkpoint.running.max_batch")):
         if record.is_first_process():
             inversions.tidy()
         finished = inversions.index()

@@ -150,7 +150,8 @@ def make(
         enable_checkpointing=False,
         inference_mode=inference_mode,
     )
-    if record.claim(files.directory, cfg, inputs={**inputs, "noise": STREAM}, ignore=("batch_size",)):
+    inputs = {**inputs, "noise": STREAM}
+    if record.claim(files.directory, cfg, inputs=inputs, ignore=("batch_size", "checkpoint.running.max_batch")):
         if record.is_first_process():
             files.tidy()
         finished = torch.from_numpy(files.index())

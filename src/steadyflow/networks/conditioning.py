@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable
-from typing import Self
+from typing import Self, cast
 
 import torch
 from torch import Tensor, nn
@@ -39,10 +39,23 @@ class SinusoidalTime(nn.Module):
         return torch.cat([angle.sin(), angle.cos()], dim=1)
 
 
-class FourierTime(nn.Module):
+class FullPrecision(nn.Module):
+    """A module whose buffers stay as they are where its network becomes bfloat16 or float16."""
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        before = dict(self._buffers)
+        super()._apply(fn, recurse)
+        for name, value in self._buffers.items():
+            if value is not None and value.dtype in (torch.bfloat16, torch.float16):
+                self._buffers[name] = cast(Tensor, before[name]).to(value.device)
+        return self
+
+
+class FourierTime(FullPrecision):
     """Fourier features of t at random frequencies: (sin(2 pi w t), cos(2 pi w t)), w ~ N(0, scale^2) drawn once.
 
-    Source: Song et al. 2021 (score SDE), Appendix H.
+    In bfloat16 or float16 the angle 2 pi w t would be wrong by a radian. Source: Song et al. 2021 (score SDE),
+    Appendix H.
 
     Args:
         dim: number of features, even.
@@ -55,14 +68,6 @@ class FourierTime(nn.Module):
             raise ValueError(f"Fourier time features need an even dimension, got {dim}")
         self.frequencies: Tensor
         self.register_buffer("frequencies", torch.empty(dim // 2).normal_(std=scale))
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
-        """As for every module, but for bfloat16 and float16, in which 2 pi w t would be wrong by a radian."""
-        before = self.frequencies
-        super()._apply(fn, recurse)
-        if self.frequencies.dtype in (torch.bfloat16, torch.float16):
-            self.frequencies = before.to(self.frequencies.device)
-        return self
 
     def forward(self, t: Tensor) -> Tensor:
         """(B,) -> (B, dim), in float32 at least."""

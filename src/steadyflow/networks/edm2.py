@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from steadyflow.networks.conditioning import FullPrecision
 from steadyflow.networks.parts import check_images, level_resolutions, run
 
 HEAD_CHANNELS, CLIP = 64, 256.0
@@ -63,7 +64,7 @@ class MPConv(nn.Module):
         return x @ weight.T if weight.ndim == 2 else functional.conv2d(x, weight, padding=weight.shape[-1] // 2)
 
 
-class Fourier(nn.Module):
+class Fourier(FullPrecision):
     """sqrt(2) cos(w t + p), w ~ 2 pi N(0, 1) and p ~ U(0, 2 pi) drawn once (Eq. 75)."""
 
     def __init__(self, dim: int):
