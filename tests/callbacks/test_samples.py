@@ -99,7 +99,7 @@ def test_vectors(tmp_path):
     assert (index.tolist(), label.tolist()) == ([0, 1, 2, 3, 4, 5], [0, 1, 0, 1, 0, 1])
     assert np.array_equal(samples, x.numpy())
     (files.folder / "00000004.npz").write_bytes(b"PK")
-    with pytest.raises(ValueError, match=r"00000004\.npz is damaged"):
+    with pytest.raises(ValueError, match=r"00000004\.npz is no npz file, or a damaged one .*; remove it"):
         files.index()
 
 

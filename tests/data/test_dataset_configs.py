@@ -63,6 +63,9 @@ def test_celeba(tmp_path):
     assert len(images) == 5
     with pytest.raises(ValueError, match=r"celeba64 at .* has 5 images, expected 202599: .* dataset\.expected=null"):
         make(expected={"all": 202599})
+    (tmp_path / "celeba/list_eval_partition.txt").write_text("\n".join(lines[1:]))
+    with pytest.raises(ValueError, match=r"no line `name number` for 1 of the images, such as 000001\.jpg"):
+        make()
     (tmp_path / "celeba/list_eval_partition.txt").unlink()
     with pytest.raises(FileNotFoundError, match=r"no text file of image names at .*; set dataset\.only or"):
         make()
@@ -107,6 +110,10 @@ def test_imagenet_and_a_list_of_a_thousand(tmp_path):
     assert torch.equal(listed[0][0], pixels(expected.crop((4, 0, 68, 64))))
     (tmp_path / "list.txt").write_text("ILSVRC2012_val_00000236\nILSVRC2012_val_00000237\n")
     with pytest.raises(ValueError, match=r"lists 2 images, 1 of which are not there: \['ILSVRC2012_val_00000237'\]"):
+        make("test", only=tmp_path / "list.txt")
+    picture(tmp_path / "imagenet/val" / names[1].replace("n01443537", "n01440764"), 150, 132)
+    (tmp_path / "list.txt").write_text("ILSVRC2012_val_00000236\n")
+    with pytest.raises(ValueError, match=r"00000236, which is both n01440764/.* and n01443537/.*; remove one"):
         make("test", only=tmp_path / "list.txt")
 
 

@@ -182,8 +182,9 @@ def test_every_sampler_config_makes_a_sampler(name):
     if sampler.iterations is not None:
         assert counted.rows == cfg.steps * sampler.iterations.sum()
     elif name not in ("rk45", "linear_rk45"):  # they choose their steps
-        n = cfg.get("steps", 0)
-        calls = {"heun": 2 * n - 1, "predictor_corrector": 2 * n, "restart": getattr(sampler, "nfe", None)}
+        n = cfg.get("steps") or 0
+        calls = {"heun": 2 * n - 1, "predictor_corrector": 2 * n, "dpm_solver": cfg.get("nfe")}
+        calls["restart"] = getattr(sampler, "nfe", None)
         assert counted.rows / 100 == calls.get(name, cfg.get("steps"))
 
 

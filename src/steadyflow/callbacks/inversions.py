@@ -4,7 +4,6 @@ import csv
 import json
 import signal
 import threading
-import zipfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -18,6 +17,7 @@ from torch import Tensor
 from steadyflow.callbacks.results import log
 from steadyflow.data.image_writing import save_grid, whole_file
 from steadyflow.data.images import to_uint8
+from steadyflow.data.npz import Npz
 from steadyflow.metrics.paired import PSNR
 from steadyflow.modules.inversion import Inverted, Inverting
 
@@ -94,11 +94,8 @@ class InversionFiles:
     def _parts(self, method: str) -> list[Arrays]:
         parts = []
         for file in sorted((self.folder / method).glob("*.npz")):
-            try:
-                with np.load(file) as arrays:
-                    parts.append({name: arrays[name] for name in arrays.files})
-            except (ValueError, OSError, EOFError, zipfile.BadZipFile) as error:
-                raise ValueError(f"{file} is damaged ({error}); remove it and start the run again") from None
+            with Npz(file, "; remove it and start the run again") as arrays:
+                parts.append(dict(arrays))
         return parts
 
 

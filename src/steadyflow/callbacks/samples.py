@@ -14,6 +14,7 @@ from torch import Tensor
 
 from steadyflow.data.image_files import open_images
 from steadyflow.data.image_writing import save_grid, whole_file, write_png_zip, write_shard
+from steadyflow.data.npz import Npz
 from steadyflow.modules.sampling import Samples
 
 FORMATS = ("npz", "png")
@@ -77,11 +78,8 @@ class SampleFiles:
         """(index (N,), samples (N, D), label (N,) or None) of vector samples, sorted by index."""
         parts: list[dict[str, np.ndarray]] = []
         for file in sorted(self.folder.glob("*.npz")):
-            try:
-                with np.load(file) as arrays:
-                    parts.append({name: arrays[name] for name in arrays.files})
-            except (ValueError, OSError, EOFError, zipfile.BadZipFile) as error:
-                raise ValueError(f"{file} is damaged ({error}); remove it and start the run again") from None
+            with Npz(file, "; remove it and start the run again") as arrays:
+                parts.append(dict(arrays))
         whole = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
         order = np.argsort(whole["index"])
         label = whole["label"][order] if "label" in whole else None

@@ -11,8 +11,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from steadyflow.data.archive import ImageArchive
+from steadyflow.data.archive import UNREADABLE, ImageArchive
 from steadyflow.data.images import to_uint8
+from steadyflow.data.npz import Npz
 
 Reader = Callable[[np.ndarray], np.ndarray]  # rows (n,) of a part to images (n, H, W, C) uint8
 RUNS = ("samples", "restored")  # where the runs of a job keep their images
@@ -187,7 +188,7 @@ class NpzPart:
                 self.label = arrays["label"].astype(np.int64) if "label" in arrays.files else None
                 if self.label is not None and self.label.shape != shape[:1]:
                     raise ValueError(f"`label` is {self.label.shape} for {shape[0]} images")
-        except (ValueError, OSError, EOFError, zipfile.BadZipFile) as error:
+        except (ValueError, *UNREADABLE) as error:
             raise ValueError(
                 f"{path} cannot be read as images: {error}; expected an npz of `images` uint8 (n, H, W, 1 or 3) and "
                 "`index` int64 (n,)"
@@ -197,11 +198,8 @@ class NpzPart:
     def reader(self, channels: int) -> Reader:
         if channels != self.channels:
             raise ValueError(f"{self.where} holds grey images and other shards of it colour images")
-        try:
-            with np.load(self.where) as arrays:
-                return arrays[self.key].__getitem__
-        except (ValueError, OSError, EOFError, zipfile.BadZipFile) as error:
-            raise ValueError(f"{self.where} is damaged ({error}); remove it and make its images again") from None
+        with Npz(Path(self.where), "; remove it and make its images again") as arrays:
+            return arrays[self.key].__getitem__
 
 
 class ArchivePart:

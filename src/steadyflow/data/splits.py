@@ -74,24 +74,34 @@ def listed(names: Sequence[str], file: str | os.PathLike[str]) -> np.ndarray:
     """The places of the names that a text file lists: one a line, its first word; folders, suffix and case are ignored.
 
     Raises:
-        FileNotFoundError: no such file. ValueError: a listed name that is not there.
+        FileNotFoundError: no such file. ValueError: a listed name that is not there, or there twice.
     """
-    place = {_stem(name): i for i, name in enumerate(names)}
+    places: dict[str, list[int]] = {}
+    for i, name in enumerate(names):
+        places.setdefault(_stem(name), []).append(i)
     wanted = [words[0] for words in _lines(file)]
-    missing = [name for name in wanted if _stem(name) not in place]
+    missing = [name for name in wanted if _stem(name) not in places]
     if missing or not wanted:
         raise ValueError(f"{file} lists {len(wanted)} images, {len(missing)} of which are not there: {missing[:1]}")
-    return np.sort(np.array([place[_stem(name)] for name in wanted]))
+    for name in wanted:
+        if len(found := places[_stem(name)]) > 1:
+            raise ValueError(f"{file} lists {name}, which is both {names[found[0]]} and {names[found[1]]}; remove one")
+    return np.sort(np.array([places[_stem(name)][0] for name in wanted]))
 
 
 def partition(names: Sequence[str], file: str | os.PathLike[str], split: str) -> np.ndarray:
     """The places of the names to which a text file of lines `name number` gives 0 (train) or 2 (test): CelebA's.
 
-    1 is its validation split, which is neither. Raises as `listed`.
+    1 is its validation split, which is neither.
+
+    Raises:
+        FileNotFoundError: no such file. ValueError: an image that it does not list.
     """
     number = {_stem(words[0]): words[1] for words in _lines(file) if len(words) == 2}
+    if missing := [name for name in names if _stem(name) not in number]:
+        raise ValueError(f"{file} has no line `name number` for {len(missing)} of the images, such as {missing[0]}")
     wanted = {"train": "0", "test": "2"}[split]
-    return np.array([i for i, name in enumerate(names) if number.get(_stem(name)) == wanted], np.int64)
+    return np.array([i for i, name in enumerate(names) if number[_stem(name)] == wanted], np.int64)
 
 
 def held_out(names: Sequence[str], count: int, split: str, last: bool = False) -> np.ndarray:

@@ -3,10 +3,7 @@
 import hashlib
 import logging
 import os
-import zipfile
-import zlib
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Protocol
@@ -19,6 +16,7 @@ from steadyflow.checkpoints.pickles import read_state
 from steadyflow.data import open_images, to_uint8
 from steadyflow.data.image_writing import whole_file
 from steadyflow.data.images import content_of
+from steadyflow.data.npz import Npz
 from steadyflow.metrics.extractor import FeatureExtractor
 
 log = logging.getLogger(__name__)
@@ -120,7 +118,7 @@ class Sources:
             return self._cached(name, content, lambda: batches_of(data, self.batch_size))
         path = Path(self._reference).expanduser()
         if path.suffix == ".npz" and path.is_file():
-            with open_npz(path) as arrays:
+            with Npz(path) as arrays:
                 if statistics := self._from_statistics(path, arrays):
                     return statistics
         if path.suffix == ".pkl" and path.is_file():
@@ -182,7 +180,7 @@ class Sources:
             if file is None or not save(file, features):
                 return fitted(name, features)
             del features  # read back by whoever needs more than the Gaussian
-        with open_npz(file, "; remove it, it will be made again") as arrays:
+        with Npz(file, "; remove it, it will be made again") as arrays:
             mean, covariance = torch.from_numpy(arrays["mean"]), torch.from_numpy(arrays["covariance"])
             return Reference(name, mean, covariance, int(arrays["count"]), lambda: read_features(file))
 
@@ -227,7 +225,7 @@ def save(file: Path, features: Tensor) -> bool:
 
 def read_features(file: Path) -> Tensor:
     """The features of a file in the cache."""
-    with open_npz(file) as arrays:
+    with Npz(file) as arrays:
         return torch.from_numpy(arrays["features"])
 
 
@@ -240,24 +238,3 @@ def batches_of(data: ImageSet, batch_size: int) -> Iterator[Tensor]:
         else:
             items = range(start, min(start + batch_size, len(data)))
             yield to_uint8(torch.stack([data[i][0] for i in items]))
-
-
-@contextmanager
-def open_npz(path: Path, remedy: str = "") -> Iterator[Any]:
-    """The arrays of an npz. Raises ValueError, by name and with what to do, for another or a damaged file."""
-
-    def damaged(error: object) -> ValueError:
-        return ValueError(f"{path} is no npz file, or a damaged one ({error}){remedy}")
-
-    with path.open("rb") as file:
-        try:
-            arrays = np.load(file)
-        except (ValueError, OSError, EOFError, zipfile.BadZipFile) as error:
-            raise damaged(str(error).split(". ")[0]) from None
-        if not isinstance(arrays, np.lib.npyio.NpzFile):
-            raise damaged("a single array")
-        try:
-            with arrays:
-                yield arrays
-        except (KeyError, EOFError, zipfile.BadZipFile, zlib.error) as error:
-            raise damaged(error) from None
