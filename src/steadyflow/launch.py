@@ -24,10 +24,10 @@ from hydra.conf import HydraConf
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.utils import JobReturn
 from hydra.types import RunMode
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 
 import steadyflow.jobs.record  # noqa: F401 - the resolver of hydra.run.dir
-from steadyflow.mistakes import Failed, Mistake, did_you_mean, explain, explain_composition
+from steadyflow.mistakes import Failed, Mistake, check_kinds, did_you_mean, explain, explain_composition
 
 RESULT = "STEADYFLOW_RESULT"  # set for a cell that runs in a process of its own: the file its outcome is written to
 
@@ -71,6 +71,7 @@ class Task:
         )  # Lightning
         sweep = hydra.mode == RunMode.MULTIRUN
         try:
+            check_kinds(config, _defaults(hydra))
             if sweep and _starts_processes(config):
                 self.value = self._in_own_process(hydra)
             else:
@@ -223,6 +224,15 @@ def _objective(result: Any, name: str | None) -> Any:
 def _worth_saying(message: logging.LogRecord) -> bool:
     """Whether one of Lightning's messages is: not its advertisements, and an interruption is reported once, here."""
     return not message.getMessage().strip().startswith(("💡 Tip", "Detected KeyboardInterrupt"))
+
+
+def _defaults(hydra: HydraConf) -> dict[str, Any]:
+    """What the primary config says itself, and the one that all share; groups left out."""
+    folders = [Path(source.path) for source in hydra.runtime.config_sources if source.schema == "file"]
+    names = ("common.yaml", f"{hydra.job.config_name}.yaml")
+    files = [next((folder / name for folder in folders if (folder / name).is_file()), None) for name in names]
+    found: list[Any] = [OmegaConf.to_container(OmegaConf.load(file)) for file in files if file]
+    return {key: value for part in found for key, value in part.items()}
 
 
 def _starts_processes(config: DictConfig) -> bool:

@@ -1,9 +1,13 @@
 """Which exceptions are the user's to put right, and what to say about them in one line."""
 
 import difflib
+import inspect
 import re
 import traceback
+from collections.abc import Mapping
 from pathlib import Path
+from types import NoneType, UnionType
+from typing import Any, Union, get_args, get_origin
 
 from hydra._internal.config_loader_impl import ConfigLoaderImpl
 from hydra._internal.utils import create_config_search_path
@@ -11,11 +15,13 @@ from hydra.core.config_search_path import SearchPathQuery
 from hydra.errors import CompactHydraException, InstantiationException, MissingConfigException, OverrideParseException
 from hydra.types import RunMode
 from omegaconf import DictConfig
-from omegaconf.errors import OmegaConfBaseException
+from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 from yaml import YAMLError
 
 PACKAGE = str(Path(__file__).parent)
 PLUGINS = {"joblib": "joblib", "ray": "ray", "submitit_slurm": "slurm", "submitit_local": "slurm"}  # launcher: extra
+KINDS = {int: "a whole number", float: "a number", bool: "true or false"}
+NULLABLE = ("clip",)  # numbers of primary configs that null switches off
 
 
 class Mistake(Exception):
@@ -32,6 +38,28 @@ def did_you_mean(word: str, known: list[str]) -> str:
     return f" Did you mean {' or '.join(near)}?" if near else ""
 
 
+def check_kinds(config: Mapping[str, Any], defaults: Mapping[str, Any]) -> None:
+    """That the numbers and switches of a primary config are still such.
+
+    Args:
+        config: composed. defaults: what the primary config says itself.
+
+    Raises:
+        Mistake: one of them is of another kind.
+    """
+    for key, default in defaults.items():
+        kinds = {type(default)} | ({NoneType} if key in NULLABLE else set())
+        if type(default) in KINDS and (expected := _expected(config[key], kinds)):
+            raise Mistake(f"{key} must be {expected}, got {config[key]!r}")
+
+
+def _expected(value: Any, kinds: set[Any]) -> str:
+    """What a value should be, or nothing where it is of these kinds, or they are more than numbers and switches."""
+    if not kinds <= {*KINDS, NoneType} or type(value) in kinds or (type(value) is int and float in kinds):
+        return ""
+    return " or ".join([name for kind, name in KINDS.items() if kind in kinds] + ["null"] * (NoneType in kinds))
+
+
 def explain(error: BaseException) -> str | None:
     """One line about an error raised while a job ran, or None for a bug, whose traceback has to be seen.
 
@@ -41,6 +69,8 @@ def explain(error: BaseException) -> str | None:
     """
     if isinstance(error, InstantiationException):
         return _explain_instantiation(error)
+    if isinstance(error, MissingMandatoryValue):
+        return f"{_flat(error)}; give it as {error.full_key}=..."
     if isinstance(error, Mistake | CompactHydraException | OmegaConfBaseException):
         return _flat(error)
     if isinstance(error, OSError) and error.errno is not None:
@@ -60,6 +90,13 @@ def _explain_instantiation(error: InstantiationException) -> str | None:
     cause = error.__cause__
     if cause is None:
         return where + _flat(error)
+    call = cause.__traceback__.tb_frame.f_locals if cause.__traceback__ else {}  # of Hydra: what it gave to which class
+    if isinstance(cause, TypeError | ValueError) and callable(call.get("_target_")):
+        for name, parameter in inspect.signature(call["_target_"]).parameters.items():
+            kind, value = parameter.annotation, call["kwargs"].get(name)
+            kinds = {*get_args(kind)} if get_origin(kind) in (Union, UnionType) else {kind}
+            if name in call["kwargs"] and (expected := _expected(value, kinds)):
+                return f"{where}{name} must be {expected}, got {value!r}"
     if isinstance(cause, TypeError | ValueError | ImportError):  # wrong arguments, or none of that name
         return where + _flat(cause)
     line = explain(cause)
@@ -90,6 +127,9 @@ def explain_composition(
             return f"{_flat(error)} ({_flat(error.__cause__)})"
         return _flat(text)
     if isinstance(error, YAMLError | ImportError | ValueError):
+        if str(error).startswith("Config group override must be"):  # which, it does not say
+            wrong = next((override for override in overrides if override.endswith("=null")), "an override")
+            return f"{wrong}: a group takes the name of an option"
         return _flat(error)
     return explain(error)
 

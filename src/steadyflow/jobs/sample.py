@@ -107,8 +107,10 @@ def sampler_on(node: DictConfig, checkpoint: Checkpoint) -> Any:
     """The sampler of a config on the path it names, or on the checkpoint's where it names none.
 
     Raises:
-        ValueError: a path named for a checkpoint of a linear diffusion.
+        ValueError: a path that is no path, or one named for a checkpoint of a linear diffusion.
     """
+    if isinstance(node.get("path"), str):
+        raise ValueError(f"sampler.path={node.path} is no path; choose one by path@sampler.path={node.path}")
     own = "path" not in node or node.path is not None
     if own and isinstance(checkpoint.path, LinearDiffusion):
         raise ValueError(

@@ -53,8 +53,7 @@ class Evaluator:
             except FileNotFoundError as error:
                 self.reasons[name] = str(error)
         self.reasons = agreed(self.reasons)
-        for reason in dict.fromkeys(self.reasons.values()):
-            log.warning("%s: %s", ", ".join(name for name, why in self.reasons.items() if why == reason), reason)
+        warn(self.reasons)
         self._prepared = True
 
     @torch.no_grad()
@@ -107,7 +106,9 @@ class Evaluator:
             with excused(name, reasons, active, strict):
                 values[name] = metric.compute()
         self._scored = {name: metric for name, metric in active.items() if name in values}
-        return self._results(values, agreed(reasons), len(images))
+        reasons = agreed(reasons)
+        warn({name: reason for name, reason in reasons.items() if name not in self.reasons})
+        return self._results(values, reasons, len(images))
 
     def per_image(self) -> dict[str, tuple[Tensor, Tensor]]:
         """Of the images scored last: their index (N,) and number (N,) by the key of each metric that has one an image.
@@ -191,6 +192,12 @@ def excused(name: str, reasons: dict[str, str], active: dict[str, EvaluationMetr
             raise
         reasons[name] = str(error)
         del active[name]
+
+
+def warn(reasons: dict[str, str]) -> None:
+    """Logs why there are metrics that cannot be had, a line for each reason."""
+    for reason in dict.fromkeys(reasons.values()):
+        log.warning("%s: %s", ", ".join(name for name, why in reasons.items() if why == reason), reason)
 
 
 def agreed(reasons: dict[str, str]) -> dict[str, str]:

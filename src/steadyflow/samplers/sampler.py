@@ -163,7 +163,7 @@ def time_grid(
             "euler_maruyama or linear_rk45"
         )
     if isinstance(grid, Grid):
-        if steps is None or steps < 1:
+        if not isinstance(steps, int) or steps < 1:
             raise ValueError(f"steps must be a positive integer, got {steps}; set steps (sampler.steps=20)")
         times = grid(cast(GaussianPath, path), steps)  # a linear diffusion refuses rules in sigma / alpha
     else:
