@@ -8,6 +8,7 @@ import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from steadyflow import cli
+from steadyflow.mistakes import explain
 
 TRAIN = ["train", "dataset=toy2d", "network=mlp", "network.width=8", "batch_size=8", "max_steps=4", "warmup=0"]
 QUIET = ["log_every=1", "validate=false", "ema=null", "+trainer.enable_progress_bar=false"]
@@ -46,3 +47,9 @@ def test_tensorboard_has_the_picture_and_the_metrics_of_a_sampling_run(tmp_path:
     (image,) = events.Images("samples")
     assert image.encoded_image_string.startswith(b"\x89PNG")
     assert image.width > 100
+
+
+def test_wandb_without_a_key_is_one_line() -> None:
+    errors = pytest.importorskip("wandb.errors")
+    line = explain(errors.UsageError("No API key configured. Use `wandb login` to log in."))
+    assert line == "No API key configured. Use `wandb login` to log in; or without an account: logger.offline=true"

@@ -76,7 +76,9 @@ def explain(error: BaseException) -> str | None:
     if isinstance(error, OSError) and error.errno is not None:
         return f"{error.strerror}: {error.filename}" if error.filename is not None else _flat(error)
     if type(error).__name__ == "MisconfigurationException":  # Lightning's, not imported here: it takes seconds
-        return _flat(error)
+        return _flat(error) + (" Choose trainer=cpu." if "No supported gpu" in str(error) else "")
+    if type(error).__module__.startswith("wandb."):  # no key, no connection
+        return f"{_flat(error).rstrip('.')}; or without an account: logger.offline=true"
     if isinstance(error, ValueError | FileNotFoundError | FloatingPointError):
         frames = traceback.extract_tb(error.__traceback__)
         return _flat(error) if frames and frames[-1].filename.startswith(PACKAGE) else None
@@ -144,7 +146,8 @@ def _explain_missing(error: MissingConfigException, configs: Path) -> str:
     if not options:
         return _flat(str(error).partition("Config search path")[0].partition("Search path")[0])
     near = did_you_mean(option, options)
-    listed = f" Options: {', '.join(options)}" if len(options) <= 25 or not near else ""
+    more = "" if near else f" There are {len(options)}: see --help"
+    listed = f" Options: {', '.join(options)}" if len(options) <= 25 else more
     return f"no option '{option}' in the group {group}.{near}{listed}"
 
 

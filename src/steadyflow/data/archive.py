@@ -60,7 +60,8 @@ class Zip:
             try:
                 self._zip, self._owner = zipfile.ZipFile(self.path), os.getpid()
             except zipfile.BadZipFile as error:
-                raise ValueError(f"{self.path} is no zip file, or a damaged one ({error})") from None
+                kinds = "" if self.path.suffix == ".zip" else f", and no picture ({', '.join(SUFFIXES)})"
+                raise ValueError(f"{self.path} is no zip file, or a damaged one ({error}){kinds}") from None
         return self._zip
 
     def __getstate__(self) -> dict[str, object]:

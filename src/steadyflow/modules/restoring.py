@@ -32,7 +32,8 @@ class Measurements:
         degraded, samples: see above.
 
     Raises:
-        ValueError: sigma_y < 0; degraded pictures that are too small, or an A whose measurements are no pictures.
+        ValueError: sigma_y < 0, or no number; degraded pictures that are too small, or an A whose measurements are no
+            pictures.
     """
 
     def __init__(
@@ -44,6 +45,8 @@ class Measurements:
         degraded: bool = False,
         samples: int = 1,
     ):
+        if not isinstance(sigma_y, int | float):
+            raise ValueError(f"need a number sigma_y (task.sigma_y=0.05), got {sigma_y!r}")
         self.images, self.operator, self.sigma_y, self.seed = images, operator, float(sigma_y), int(seed)
         self.degraded, self.samples = degraded, int(samples)
         if degraded:

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import numpy as np
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
 from steadyflow.tables.gather import Pivot, Value
 from steadyflow.tables.outcomes import direction, number
@@ -30,6 +31,8 @@ def lines(file: Path, table: Pivot) -> None:
         axes.set_yscale("log")
     if numeric and len(table.rows) > 2 and min(table.rows) > 0 and max(table.rows) > 100 * min(table.rows):  # type: ignore[type-var,operator]
         axes.set_xscale("log")
+    elif numeric and all(isinstance(x, int) for x in table.rows):
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.set(xlabel=table.row, ylabel=_titled(table.metric))
     axes.grid(alpha=0.3)
     if table.column:
