@@ -253,6 +253,10 @@ def test_a_class_of_ones_own_is_built_when_trusted(
     ("entries", "message"),
     [
         ({"shape": None}, "lacks 'shape'"),
+        (
+            {"shape": [1, 2**40, 8]},
+            r"config.yaml: a shape is of numbers from 1 to 16384, .* \[1, 1099511627776, 8\]",
+        ),
         ({"shape": None, "shap": [1, 8, 8]}, "lacks 'shape', and has 'shap' instead"),
         ({"chape": 1}, r"has the unknown entry 'chape'; did you mean shape\?"),
         ({"network": "steadyflow.networks.UNet"}, "network must be a mapping with a _target_"),
@@ -267,6 +271,10 @@ def test_a_class_of_ones_own_is_built_when_trusted(
             {"path": {"_target_": "steadyflow.networks.MLP", "dim": 2}},
             "path: steadyflow.networks.MLP is no GaussianPath",
         ),
+        (
+            {"path": {"_target_": "steadyflow.paths.DiscreteVariancePreserving", "steps": 10**12}},
+            "refuses its arguments: need .* steps from 1 to a million",
+        ),
         ({"denoiser": {"_target_": "steadyflow.denoisers.EpsDenoiser", "path": 1}}, "takes no 'path' here"),
         ({"denoiser": {"_target_": "steadyflow.denoisers.NetworkDenoiser"}}, "refuses its arguments"),
     ],
@@ -276,6 +284,20 @@ def test_a_wrong_config_is_one_line_with_the_nearest_name(saved: Path, entries: 
     with pytest.raises(ValueError, match=message) as caught:
         load(saved)
     assert "\n" not in str(caught.value)
+
+
+def test_a_config_does_not_build_without_end(saved: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("steadyflow.checkpoints.files.CALLS", 1000)
+    edit(saved, network=UNET | {"num_res_blocks": 10**9})
+    with pytest.raises(ValueError, match="UNet refuses its arguments: a network of more than 10000 layers"):
+        load(saved)
+
+
+def test_whole_numbers_are_no_weights(saved: Path) -> None:
+    state = safetensors.torch.load_file(saved / "model.safetensors")
+    replace_weights(saved, safetensors.torch.save(state | {"stem.weight": state["stem.weight"].int()}))
+    with pytest.raises(ValueError, match=r"stem.weight is of torch.int32, the network .* has torch.float32"):
+        load(saved)
 
 
 def test_renamed_weights_are_named_with_the_nearest(saved: Path) -> None:

@@ -174,6 +174,11 @@ def test_what_does_not_fit_is_refused(tmp_path: Path) -> None:
         ValueError, match="EDM2 networks are Precond of UNet, this one is OtherPrecond; it looks like format=edm"
     ):
         convert(file, "edm2", {})
+    endless = known | {"network": known["network"] | {"num_blocks": 10**9}}
+    network_pickle(file, endless, weights("edm_vp"))
+    with pytest.raises(ValueError, match=r"2 levels of 1000000000 blocks, in \d+ weights"):
+        convert(file, "edm", {})
+    network_pickle(file, known, weights("edm_vp"))
     with pytest.raises(ValueError, match="with a network 'net', found a dict of ema, loss_fn, dataset_kwargs"):
         convert(file, "edm", {"weights": "net"})
     save("score_sde_vp", file)

@@ -6,6 +6,7 @@ import pickle
 import struct
 import sys
 import zipfile
+from collections import OrderedDict
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ import safetensors.torch
 import torch
 from torch import nn
 
+from steadyflow.checkpoints.formats import convert
 from steadyflow.checkpoints.machine import Record
 from steadyflow.checkpoints.pickles import read_state
 
@@ -148,6 +150,75 @@ def test_a_file_cannot_change_what_reads_the_next(tmp_path: Path) -> None:
         read_state(tmp_path / "bad")
     plain(good, tmp_path / "good")
     assert read_state(tmp_path / "good")["args"].state == {"a": 1}
+
+
+@pytest.mark.parametrize("protocol", [2, 3, 4, 5])
+def test_plain_data_is_as_python_reads_it(protocol: int, tmp_path: Path) -> None:
+    shared = {"lr": 1e-4, "betas": (0.9, 0.999), -7: None}
+    data: dict[str, Any] = {"a": [shared, shared, [], {}, (), (1,), (1, 2), (1, 2, 3, 4)]}
+    data |= {"n": [0, 255, 256, 65536, -1, 2**31, -(2**70)]}
+    data |= {"sets": [set(), {1, 2}, frozenset([3])], "t": ["", "ü", "x" * 300], "b": [True, False, 1 + 2j, -0.5]}
+    data |= {"bytes": [b"", b"\xff\x00", b"y" * 300], "more": [OrderedDict(a=1, b=[2]), *range(1500)]}
+    (tmp_path / "file").write_bytes(pickle.dumps(data, protocol))
+    found = read_state(tmp_path / "file")
+    assert found == pickle.loads((tmp_path / "file").read_bytes())
+    assert found["a"][0] is found["a"][1]
+
+
+def name(module: str, name: str) -> bytes:
+    return f"c{module}\n{name}\n".encode()
+
+
+def text(value: str) -> bytes:
+    return b"X" + struct.pack("<I", len(value)) + value.encode()
+
+
+LAUGHS = b"".join(b"(" + 9 * (b"h" + bytes([k])) + b"tq" + bytes([k + 1]) for k in range(30))
+PERSISTENT = name("torch_utils.persistence", "_reconstruct_persistent_obj")
+LONG_LIST, CALLS = b"](" + b"N" * 40000 + b"e\x85q\x01(", b"h\x00h\x01R" * 500
+
+
+@pytest.mark.parametrize("kind", ["plain", "zip"])
+@pytest.mark.parametrize(
+    ("data", "message"),
+    [
+        (b"\x96" + struct.pack("<Q", 2**40) + b"abc.", "truncated: it asks for 1099511627776 bytes at byte 11, and 4 "),
+        (b"\x8d" + struct.pack("<Q", 2**63) + b"abc.", "truncated: it asks for 9223372036854775808 bytes"),
+        (b"\x8b\xff\xff\xff\x7fabc.", "the instruction LONG4, which weights never need"),
+        (b"h\x09.", "damaged: it asks for what it never put at 9"),
+        (b"}" + b")" + b"\x85" * 10**4 + b"K\x01s.", "keys are texts and some numbers, here a tuple"),
+        (b"]" * 10**4 + b"a" * 9999 + b".", "nested more than 100 deep, or in itself"),
+        (b"]q\x00h\x00a.", "nested more than 100 deep, or in itself"),
+        (b"](K\x01tq\x00" + LAUGHS + b".", "it repeats its parts until they are too deep or too large"),
+        (name("torch", "Size") + b"q\x00" + LONG_LIST + CALLS + b"t.", "it copies its parts again and again"),
+        (b"\x82\x01.", "the instruction EXT1, which weights never need"),
+        (b"(ios\nsystem\n.", "the instruction INST, which weights never need"),
+        (b"\xf0.", r"damaged: b'\\xf0' at byte 2 of the pickle is no instruction"),
+        (name("torch", "float32") + b")R.", "damaged: it calls a dtype"),
+        (name("torch._utils", "_rebuild_tensor_v2") + b"}b.", "damaged: it gives a state to a Global"),
+        (text("x") + b"Q.", "truncated or damaged .ValueError: not enough values"),
+        (PERSISTENT + b"}" + text("type") + text("class") + b"s\x85R.", "a persistent object that is no class's"),
+        (text("o\ns" * 10**4) + text("system") + b"\x93.", r"asks for o\\nso\\nso\S{71}, which could run code"),
+        (b"K\x01", "truncated: it asks for 1 bytes at byte 4"),
+    ],
+)
+def test_an_attack_is_one_line(data: bytes, message: str, kind: str, tmp_path: Path) -> None:
+    """Lengths, places, depths and repetitions that would take memory or crash whoever believes them; damage."""
+    file, data = tmp_path / "file", b"\x80\x02" + data
+    if kind == "zip":
+        with zipfile.ZipFile(file, "w") as archive:
+            archive.writestr("archive/data.pkl", data)
+    else:
+        file.write_bytes(data)
+    with pytest.raises(ValueError, match=message) as caught:
+        read_state(file)
+    line = str(caught.value)
+    assert line.startswith(str(file))
+    assert line.isprintable()
+    assert len(line) < len(str(file)) + 300
+    with pytest.raises(ValueError) as caught:  # whichever format is asked for
+        convert(file, "edm", {})
+    assert str(caught.value) == line
 
 
 @pytest.mark.parametrize("kind", WRITERS)

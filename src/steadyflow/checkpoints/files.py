@@ -31,7 +31,7 @@ from steadyflow.paths import GaussianPath
 WEIGHTS, CONFIG, CARD = "model.safetensors", "config.yaml", "card.md"
 NODES = ("network", "path", "denoiser")
 ENTRIES = (*NODES, "shape", "num_classes", "sha256", "config_sha256")
-CALLS = 2**17  # of torch's functions while a network is built: the largest published ones make 10000
+CALLS = 2**16  # of torch's functions while a network is built: the largest published ones make 10000
 Model = NetworkDenoiser | NetworkNoise | VelocityNoise | NetworkClassifier
 Parts = tuple[Model, GaussianPath | LinearDiffusion, tuple[int, ...], int, str, dict[str, Any]]
 
@@ -253,7 +253,7 @@ def _config_hash(config: Mapping[str, Any]) -> str:
 
 
 def _check_state(network: nn.Module, state: Mapping[str, Tensor], where: str) -> None:
-    """That a state dict has the network's keys and shapes."""
+    """That a state dict has the network's keys, shapes and kinds of numbers."""
     wanted = network.state_dict()
     missing, unexpected = sorted(wanted.keys() - state.keys()), sorted(state.keys() - wanted.keys())
     if missing:
@@ -262,6 +262,10 @@ def _check_state(network: nn.Module, state: Mapping[str, Tensor], where: str) ->
         first = unexpected[0]
         raise ValueError(f"{where}: {len(unexpected)} weights are unexpected, first {first}{nearest(first, wanted)}")
     for key, value in wanted.items():
+        real = isinstance(state[key], Tensor) and state[key].is_floating_point()
+        if real != value.is_floating_point():
+            kind = state[key].dtype if isinstance(state[key], Tensor) else type(state[key]).__name__
+            raise ValueError(f"{where}: weight {key} is of {kind}, the network of config.yaml has {value.dtype}")
         if state[key].shape != value.shape:
             found, expected = tuple(state[key].shape), tuple(value.shape)
             raise ValueError(f"{where}: weight {key} has shape {found}, the network of config.yaml has {expected}")

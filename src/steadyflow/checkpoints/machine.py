@@ -212,8 +212,9 @@ class Machine:
             case pickle.FRAME:
                 self.take(8)
             case _:
-                name = NAMES.get(code, f"byte {code[0]}")
-                raise Unreadable(f"refused: the pickle has the instruction {name}, which weights never need")
+                if code not in NAMES:
+                    raise Unreadable(f"damaged: {code!r} at byte {self.place - 1} of the pickle is no instruction")
+                raise Unreadable(f"refused: the pickle has the instruction {NAMES[code]}, which weights never need")
 
     def call(self, called: Any, arguments: Any) -> Any:
         """What a name makes of arguments."""

@@ -81,6 +81,7 @@ class Unpickler(Machine):
             "torch_utils.persistence._reconstruct_persistent_obj": _persistent,
             "numpy.dtype": lambda kind, *_: _Dtype(kind),
             "_codecs.encode": _encoded,  # how protocol 2 writes bytes
+            "builtins.bytes": lambda: b"",  # and empty ones
             "builtins.set": lambda members=(): {self.key(member) for member in members},
             "builtins.frozenset": lambda members=(): frozenset(self.key(member) for member in members),
             "builtins.complex": complex,

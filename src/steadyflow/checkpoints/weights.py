@@ -63,6 +63,8 @@ def write_weights(file: Path, state: Mapping[str, Tensor], kinds: Mapping[str, t
 
 
 def _parts(state: Mapping[str, Tensor], kinds: Mapping[str, torch.dtype]) -> Iterator[bytes | memoryview]:
+    if unknown := [key for key, kind in kinds.items() if kind not in NAMES]:
+        raise ValueError(f"weight {unknown[0]} is of {kinds[unknown[0]]}, which is not written; give a dtype")
     order = sorted(state, key=lambda key: (-kinds[key].itemsize, key))  # wide numbers first: all are aligned
     header, end = {}, 0
     for key in order:
