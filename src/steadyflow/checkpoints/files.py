@@ -262,9 +262,8 @@ def _check_state(network: nn.Module, state: Mapping[str, Tensor], where: str) ->
         first = unexpected[0]
         raise ValueError(f"{where}: {len(unexpected)} weights are unexpected, first {first}{nearest(first, wanted)}")
     for key, value in wanted.items():
-        real = isinstance(state[key], Tensor) and state[key].is_floating_point()
-        if real != value.is_floating_point():
-            kind = state[key].dtype if isinstance(state[key], Tensor) else type(state[key]).__name__
+        kind = state[key].dtype if isinstance(state[key], Tensor) else type(state[key]).__name__
+        if isinstance(kind, str) or kind.is_floating_point != value.is_floating_point():
             raise ValueError(f"{where}: weight {key} is of {kind}, the network of config.yaml has {value.dtype}")
         if state[key].shape != value.shape:
             found, expected = tuple(state[key].shape), tuple(value.shape)
