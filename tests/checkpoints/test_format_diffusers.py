@@ -89,5 +89,11 @@ def test_what_is_missing_or_unknown_is_one_line(tmp_path: Path) -> None:
         diffusers.read(tmp_path)
     (tmp_path / "config.json").write_text(json.dumps({"sample_size": 16}))
     (tmp_path / "scheduler_config.json").write_text(json.dumps({"beta_schedule": "sigmoid"}))
-    with pytest.raises(ValueError, match="found sigmoid and epsilon"):
+    with pytest.raises(ValueError, match="found sigmoid, and epsilon"):
+        diffusers.read(tmp_path)
+    library.DDPMScheduler(rescale_betas_zero_snr=True).save_config(tmp_path)
+    with pytest.raises(ValueError, match="found linear with rescale_betas_zero_snr, and epsilon"):
+        diffusers.read(tmp_path)
+    library.ScoreSdeVeScheduler().save_config(tmp_path)
+    with pytest.raises(ValueError, match="is of ScoreSdeVeScheduler, which without a beta_schedule is no chain"):
         diffusers.read(tmp_path)

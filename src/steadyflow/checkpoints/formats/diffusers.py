@@ -152,13 +152,19 @@ def _schedule(folder: Path) -> tuple[str, dict[str, Any], dict[str, Any]]:
     """What to call the schedule; the nodes of path and denoiser. Without a scheduler's config: DDPM's defaults."""
     places = [folder / "scheduler_config.json", folder.parent / "scheduler" / "scheduler_config.json"]
     file = next((place for place in places if place.is_file()), None)
-    config = {} if file is None else _json(file)
-    steps, kind = int(config.get("num_train_timesteps", 1000)), config.get("beta_schedule", "linear")
-    prediction = config.get("prediction_type", "epsilon")
-    if kind not in ("linear", "squaredcos_cap_v2") or config.get("trained_betas") or prediction not in PREDICTIONS:
+    config = {"beta_schedule": "linear"} if file is None else _json(file)
+    if "beta_schedule" not in config:
         raise ValueError(
-            f"{file}: this format knows beta_schedule linear and squaredcos_cap_v2 without trained_betas, and "
-            f"prediction_type {', '.join(PREDICTIONS)}; found {kind} and {prediction}"
+            f"{file} is of {config.get('_class_name', 'no scheduler')}, which without a beta_schedule is no chain of "
+            "DDPM's; this format reads networks of such chains"
+        )
+    steps, kind = int(config.get("num_train_timesteps", 1000)), config["beta_schedule"]
+    prediction = config.get("prediction_type", "epsilon")
+    changed = [key for key in ("trained_betas", "rescale_betas_zero_snr") if config.get(key)]
+    if kind not in ("linear", "squaredcos_cap_v2") or changed or prediction not in PREDICTIONS:
+        raise ValueError(
+            f"{file}: this format knows beta_schedule linear and squaredcos_cap_v2 as they are, and "
+            f"prediction_type {', '.join(PREDICTIONS)}; found {' with '.join([kind, *changed])}, and {prediction}"
         )
     path: dict[str, Any] = {"_target_": "steadyflow.paths.Cosine", "s": 0.008}
     if kind == "linear":
