@@ -28,7 +28,7 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "foreign": (
         "DiffusersUNet",
         {**SMALL, "down_block_types": ("ResnetDownsampleBlock2D", "DownBlock2D")}
-        | {"up_block_types": ("UpBlock2D", "ResnetUpsampleBlock2D")},
+        | {"up_block_types": ("UpBlock2D", "ResnetUpsampleBlock2D"), "num_class_embeds": 5},
     ),
 }
 
@@ -46,6 +46,7 @@ def test_outputs_equal_the_librarys(name: str, tmp_path: Path) -> None:
     network = build(converted.nodes["network"], "test")
     network.load_state_dict(converted.state)
     assert type(network).__name__ == kind
+    assert network.null_label == (converted.num_classes == 0)
     assert {k: v["_target_"].rpartition(".")[2] for k, v in converted.nodes.items() if k != "network"} == {
         "path": "Cosine",
         "denoiser": "VDenoiser",

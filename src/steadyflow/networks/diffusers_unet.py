@@ -29,6 +29,7 @@ class DiffusersUNet(nn.Module):
                 "this network runs by diffusers, which is not installed: pip install 'steadyflow[diffusers]'"
             ) from error
         self.network = UNet2DModel.from_config(dict(config))
+        self.null_label = config.get("num_class_embeds") is None  # whether it runs without a class
         self.has_table, self.told = config.get("time_embedding_type") == "learned", False
 
     @property
