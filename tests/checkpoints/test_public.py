@@ -12,6 +12,7 @@ import threading
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -23,6 +24,9 @@ from steadyflow import cli
 from steadyflow.checkpoints import Public, load
 from steadyflow.checkpoints.download import download, record, verify
 from steadyflow.checkpoints.formats import format_names
+from steadyflow.jobs.prepare_checkpoint import flops
+from steadyflow.networks import GET
+from steadyflow.paths import ConditionalOT
 
 CONFIGS = Path(__file__).parents[2] / "configs" / "checkpoint"
 DATA = bytes(range(256)) * 5000  # 1.28 MB: more than one chunk
@@ -321,6 +325,16 @@ def flops_by_hand(w: int = 32, n: int = 64) -> int:
     attention = n * 4 * w * w + 2 * n * n * w
     time = w * 4 * w + 16 * w * w + 5 * 4 * w * w
     return 2 * (convolutions + attention + time)
+
+
+def test_flops_of_an_equilibrium_are_those_of_its_iterations() -> None:
+    def count(iterations: int) -> int:
+        network = GET(3, 8, width=64, depth=1, equilibrium_depth=1, iterations=iterations)
+        return flops(network, SimpleNamespace(path=ConditionalOT(), shape=(3, 8, 8), num_classes=0))  # type: ignore[arg-type]
+
+    w, n = 64, 16
+    step = 2 * (n * (4 + 2 * 8) * w * w + 2 * n * n * w)  # q, k, v, out, the wide layers, attention
+    assert (count(2) - count(1), count(3) - count(2)) == (step, step)
 
 
 def test_bad_files_are_one_line_and_exit_code_2(run: Any, server: Server, tmp_path: Path) -> None:

@@ -188,6 +188,16 @@ def test_labels_and_guidance(tmp_path, capsys):
     assert not (tmp_path / "x" / "run.json").exists()  # refused before the directory is taken
 
 
+def test_without_a_dataset_the_same_images_unscored(tmp_path, capsys):
+    options = ["checkpoint=digits32", "num_samples=2", "sampler.steps=1"]
+    x, _ = done(tmp_path / "with", *options, "callbacks=none")
+    y, metrics = done(tmp_path / "without", *options, "dataset=none")
+    np.testing.assert_array_equal(x, y)
+    assert "fid" not in metrics
+    assert "fid" in done(tmp_path / "file", *options, "dataset=none", "callbacks.evaluation.reference=nowhere")[1]
+    assert "dataset: none is chosen, but its images are needed" in mistake(capsys, *DIGITS, "dataset=none")
+
+
 def test_points(tmp_path):
     x, metrics = done(
         tmp_path,

@@ -99,7 +99,7 @@ class Checkpoint:
         if tuple(shape) != self.shape:
             raise ValueError(
                 f"checkpoint {self.name} makes samples of shape {self.shape}, but dataset {dataset} has "
-                f"{tuple(shape)}; choose the dataset it was trained on, or another checkpoint"
+                f"{tuple(shape)}; choose the dataset it was trained on, another checkpoint, or (to sample) dataset=none"
             )
 
 

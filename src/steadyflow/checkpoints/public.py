@@ -112,7 +112,7 @@ class Public:
         kept = {file.name: sha256 for file, sha256 in hashes.items()}
         conversion = {"format": self.format, "arguments": dict(self.arguments), "sha256": kept}
         (self.directory / CONFIG).unlink(missing_ok=True)
-        card = {**self.card, **made.card, "page": self.page, "conversion": conversion}
+        card = {**made.card, **self.card, "page": self.page, "conversion": conversion}
         save_converted(self.directory, replace(made, card=card), str(files[-1]))
         for file, sha256 in hashes.items():
             record(file, sha256)

@@ -5,6 +5,7 @@ import os
 from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
+from typing import NoReturn
 
 import torch
 from torch import Tensor
@@ -38,6 +39,11 @@ def check_split(split: str) -> str:
     if split not in SPLITS:
         raise ValueError(f"split must be one of {', '.join(SPLITS)}; got {split!r}")
     return split
+
+
+def nothing(split: str = "train") -> NoReturn:
+    """No dataset: a ValueError where one is read."""
+    raise ValueError("none is chosen, but its images are needed; choose one, or, where the job takes it, images=PATH")
 
 
 def sha256_of(path: Path) -> str:

@@ -3,7 +3,7 @@
 from typing import Any
 
 import torch
-from hydra.utils import get_class, instantiate
+from hydra.utils import get_object, instantiate
 from omegaconf import DictConfig
 from rich.console import Console
 from rich.progress import Progress
@@ -28,7 +28,7 @@ def run(cfg: DictConfig) -> dict[str, Any]:
     """
     if "checkpoint" in cfg:
         return prepare_checkpoint.run(cfg)
-    source = get_class(cfg.dataset._target_)
+    source = get_object(cfg.dataset._target_)
     if hasattr(source, "download"):
         source.download(cfg.dataset.root)
     found, notes = {}, []

@@ -24,6 +24,7 @@ from rich.progress import (
 )
 from rich.table import Table
 from torch import nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from steadyflow.checkpoints import Checkpoint, Public
@@ -32,6 +33,7 @@ from steadyflow.checkpoints.download import download
 from steadyflow.checkpoints.files import CARD, CONFIG, WEIGHTS, save_converted
 from steadyflow.checkpoints.formats import convert
 from steadyflow.diffusions import LinearDiffusion
+from steadyflow.equilibrium import Equilibrium
 
 log = logging.getLogger(__name__)
 FACTS = ("architecture", "path", "prediction", "resolution", "classes", "data_range", "fid", "licence", "source")
@@ -56,7 +58,9 @@ def run(cfg: DictConfig) -> dict[str, Any]:
     if node._target_ == PUBLIC:
         source = public_of(node)
         if cfg.info and not source.converted() and source.missing():  # what is known without its files
-            return show(console, source.name, {k: source.card.get(k) for k in FACTS} | {"page": source.page})
+            known = {key: source.card.get(key) for key in FACTS} | {"page": source.page}
+            later = f"counted once it is here: steadyflow prepare checkpoint={source.name}"
+            return show(console, source.name, known | {"its place": next(iter(source.missing())), "parameters": later})
         fetch(source)
     checkpoint: Checkpoint = instantiate(node)
     found = facts(checkpoint)
@@ -109,19 +113,26 @@ def facts(checkpoint: Checkpoint) -> dict[str, Any]:
         found["parameters"] = sum(p.numel() for p in network.parameters())
         found["flops per call"] = flops(network, checkpoint)
     card = {k: v for k, v in checkpoint.card.items() if k in FACTS or k in ("page", "format")}
-    return card | found | {"sha256": checkpoint.sha256}
+    published = (checkpoint.card.get("conversion") or {}).get("sha256", {})
+    return card | found | {f"sha256 of {k}": v for k, v in published.items()} | {"sha256": checkpoint.sha256}
 
 
 def flops(network: nn.Module, checkpoint: Checkpoint) -> int:
-    """Floating-point operations of the network on one image, counted on tensors without memory."""
+    """Floating-point operations of the network on one image, counted on tensors without memory.
+
+    An equilibrium network is run, on noise: how often it iterates depends on the numbers.
+    """
     shape: tuple[int, ...] = (1, *checkpoint.shape)
     if isinstance(checkpoint.path, LinearDiffusion):
         shape = tuple(checkpoint.path.lift(torch.zeros(shape)).shape)
-    state = {k: v.to("meta") for k, v in [*network.named_parameters(), *network.named_buffers()]}
-    dtype = next(network.parameters()).dtype
-    x, t = torch.empty(shape, device="meta", dtype=dtype), torch.empty(1, device="meta")
-    label = {"label": torch.zeros(1, dtype=torch.int64, device="meta")} if checkpoint.num_classes else {}
-    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+    first = next(network.parameters())
+    device = first.device if any(isinstance(m, Equilibrium) for m in network.modules()) else torch.device("meta")
+    state = {k: v.to(device) for k, v in [*network.named_parameters(), *network.named_buffers()]}
+    x = torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(device, first.dtype)
+    t = torch.ones(1, device=device)
+    label = {"label": torch.zeros(1, dtype=torch.int64, device=device)} if checkpoint.num_classes else {}
+    plain = sdpa_kernel(SDPBackend.MATH)  # the counter does not know the CPU's fused attention
+    with torch.no_grad(), plain, FlopCounterMode(display=False) as counter:
         torch.func.functional_call(network, state, (x, t), label)
     return counter.get_total_flops()
 

@@ -12,10 +12,12 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.utils import instantiate
 from omegaconf import DictConfig
 
+from steadyflow.callbacks.evaluation import Evaluation
 from steadyflow.callbacks.progress import StepProgress
 from steadyflow.callbacks.results import SampleResults, close
 from steadyflow.callbacks.samples import SampleFiles, SampleWriter
 from steadyflow.checkpoints import Checkpoint
+from steadyflow.data.images import SPLITS
 from steadyflow.diffusions import LinearDiffusion
 from steadyflow.jobs import record
 from steadyflow.modules.sampling import Sampling, class_labels
@@ -23,6 +25,7 @@ from steadyflow.noise import STREAM
 from steadyflow.samplers.sampler import Sampler
 
 log = logging.getLogger(__name__)
+NOTHING = "steadyflow.data.nothing"  # of dataset=none
 
 
 def run(cfg: DictConfig) -> dict[str, Any]:
@@ -46,9 +49,10 @@ def run(cfg: DictConfig) -> dict[str, Any]:
     directory = Path(HydraConfig.get().runtime.output_dir)
     if not (isinstance(cfg.num_samples, int) and cfg.num_samples >= 1):
         raise ValueError(f"num_samples must be at least 1, got {cfg.num_samples}")
-    dataset = instantiate(cfg.dataset)
+    dataset = None if cfg.dataset._target_ == NOTHING else instantiate(cfg.dataset)
     checkpoint: Checkpoint = instantiate(cfg.checkpoint)
-    checkpoint.check(dataset.shape, dataset.name)
+    if dataset is not None:
+        checkpoint.check(dataset.shape, dataset.name)
     index = torch.arange(cfg.num_samples)
     guide: Checkpoint | None = instantiate(cfg.classifier)
     if guide is not None:
@@ -79,11 +83,15 @@ def run(cfg: DictConfig) -> dict[str, Any]:
     draw = partial(
         files.draw,
         columns=num_classes if cfg.label in ("auto", "balanced") and num_classes <= 16 else None,
-        reference=torch.stack([dataset[i][0] for i in range(min(len(dataset), 10000))]) if files.vector else None,
+        reference=torch.stack([dataset[i][0] for i in range(min(len(dataset), 10000))])
+        if files.vector and dataset is not None
+        else None,
     )
     protocol = {"sampler": type(sampler).__name__, "guidance_scale": cfg.guidance_scale}
     results = SampleResults(files, draw, protocol)
     callbacks = [*(instantiate(cfg.callbacks) or {}).values()]
+    if dataset is None:  # scores are kept that compare with a file
+        callbacks = [c for c in callbacks if not (isinstance(c, Evaluation) and c.reference in SPLITS)]
     inputs = {"checkpoint": checkpoint.sha256} | ({"classifier": guide.sha256} if guide else {})
     return make(cfg, module, files, [*callbacks, results], inputs, inference_mode=guide is None)
 
