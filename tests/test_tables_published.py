@@ -148,7 +148,7 @@ def composable() -> Iterator[tuple[Table, Cell]]:
         for scale in {"full", *(config(name).get("scale") or {})}:  # type: ignore[misc]
             whole = table(name, scale)
             for cell in whole.cells:
-                found = obstacle(cell, whole.job, options, Path("/nowhere"))
+                found = obstacle(cell, options, Path("/nowhere"))
                 if found is None or found.state == "missing":
                     yield whole, cell
 
@@ -161,7 +161,7 @@ def test_overrides_compose_and_make_the_metric() -> None:
         for key, name in files_needed(cell):
             if name not in options[key]:
                 words.pop(key)
-        line = (whole.job, *(f"{k}={v}" for k, v in words.items()))
+        line = (cell.job, *(f"{k}={v}" for k, v in words.items()))
         wanted.setdefault(line, {})[cell.metric] = (whole.name, cell.row, cell.column)
     composed: dict[tuple[str, ...], DictConfig] = {}  # by job and words of a group; numbers, sets of files: once
     with initialize_config_dir(str(CONFIGS), version_base="1.3"):

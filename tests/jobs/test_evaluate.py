@@ -132,6 +132,24 @@ def test_likelihood(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypa
     assert "checkpoint digits32 makes samples of shape (1, 32, 32)" in capsys.readouterr().err
 
 
+def test_the_variational_bound(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Of few steps a loose one: more bits than the flow's. It takes the images' levels as they are."""
+    words = ["evaluate", "num_images=2"]
+    bound = ["metrics=elbo", "likelihood.steps=20", f"hydra.run.dir={tmp_path}/a"]
+    flow = ["metrics=nll", "likelihood.rtol=0.1", "likelihood.atol=0.1", f"hydra.run.dir={tmp_path}/b"]
+    found = []
+    for own in (bound, flow):
+        assert cli.main([*words, *own]) == 0
+        found.append(json.loads((tmp_path / own[-1][-1] / "metrics.json").read_text()))
+    assert 8 > found[0]["nll"] > found[1]["nll"] > 0
+    protocol = found[0]["protocol"]["nll"]
+    assert (protocol["bound"], protocol["steps"], protocol["dequantisation"]) == ("variational", 20, None)
+    capsys.readouterr()
+    learned = [*words, *bound[:2], "likelihood.variance=learned", f"hydra.run.dir={tmp_path}/c"]
+    assert cli.main(learned) == 2
+    assert "predicts no variance; choose variance=small or large" in capsys.readouterr().err
+
+
 def test_every_option_of_the_groups_composes_and_builds() -> None:
     with initialize_config_dir(str(config_dir()), version_base="1.3"):
         for file in sorted((config_dir() / "callbacks").glob("*.yaml")):

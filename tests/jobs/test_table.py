@@ -139,6 +139,30 @@ def test_runs_what_is_missing_and_compares(probe: Path, capsys: pytest.CaptureFi
     assert "to run" not in capsys.readouterr().out
 
 
+def test_a_column_s_own_job_and_numbers_relative_to_a_row(
+    probe: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    Path("jobs/other.py").write_text(PROBE.replace("0.5 * cfg.seed", "100"))
+    Path("conf/other.yaml").write_text(CONFIG)
+    monkeypatch.setitem(cli.JOBS, "other", "a test")
+    monkeypatch.delitem(sys.modules, "steadyflow.jobs.other", raising=False)
+    text = TABLE.replace("seeds: [0, 1]", "seeds: [0]").replace("factor: 2}", "job: other}")
+    Path("conf/table/mine.yaml").write_text(text)
+    assert table("scale=full") == 0
+    found = rows()
+    assert [float(found["two", column]["ours"]) for column in ("FID", "x2")] == [2, 102]
+    Path("conf/table/mine.yaml").write_text(f"{text}relative_to: two\n")
+    assert table("scale=full") == 0
+    assert len(ran()) == 3  # in all
+    found = rows()
+    assert [float(found[row, "FID"]["ours"]) for row in ("two", "three")] == [1, 1.5]
+    Path("conf/table/mine.yaml").write_text(f"{text}relative_to: never\n")
+    assert table("scale=full") == 0
+    assert (rows()["two", "FID"]["state"], rows()["two", "FID"]["note"]) == ("absent", "no number to divide by")
+    Path("conf/table/mine.yaml").write_text(f"{text}relative_to: one\n")
+    assert "relative_to says one, and no row is called so" in mistake(capsys, "table=mine")
+
+
 def test_what_a_table_is_made_from_is_run_first(
     probe: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -114,5 +114,5 @@ def test_a_step_is_differentiable(ring):
 def test_options_out_of_range_are_refused():
     with pytest.raises(ValueError, match="need 0 <= eta <= 1"):
         DDIM(EDM(), [1.0, 0.0], eta=1.5)
-    with pytest.raises(ValueError, match="variance must be small or large"):
+    with pytest.raises(ValueError, match="variance must be small, large or learned"):
         DDPM(EDM(), [1.0, 0.0], variance="big")

@@ -152,7 +152,7 @@ def test_of_one_value_they_are_ddim_or_ddpm(path):
         if kept:
             _, _, keep, pull, std = DDIM(path, grid, 6).coefficients(t, s)
         else:
-            _, _, keep, pull, std = DDPM(path, grid, 6).coefficients(t, s)
+            _, _, keep, pull, std, _ = DDPM(path, grid, 6).coefficients(t, s)
         for table in (one.table, other.table):
             torch.testing.assert_close(table, torch.stack([keep, pull, std], 1), rtol=1e-12, atol=1e-13)
 

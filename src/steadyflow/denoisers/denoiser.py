@@ -26,6 +26,18 @@ class Denoiser(nn.Module, ABC):
             x_0: (B, *S) in x's dtype.
         """
 
+    def with_variance(self, x: Tensor, alpha: Tensor, sigma: Tensor, **condition: Tensor) -> tuple[Tensor, Tensor]:
+        """E[x_0 | x] and v (B, *S), what a network that was trained to says of the variance of a DDPM step:
+
+            log std^2 = v log(large) + (1 - v) log(small),  v in [0, 1] for most inputs
+
+        Source: Nichol & Dhariwal 2021, Eq. 15.
+
+        Raises:
+            ValueError: it says nothing of it.
+        """
+        raise ValueError(f"{type(self).__name__} predicts no variance; choose variance=small or large")
+
 
 class CountedDenoiser(Denoiser):
     """Counts the evaluations of another denoiser: `rows` grows by B a call, so nfe = rows / number of samples.
@@ -40,3 +52,7 @@ class CountedDenoiser(Denoiser):
     def forward(self, x: Tensor, *at: Tensor, **condition: Tensor) -> Tensor:
         self.rows += len(x)
         return cast(Tensor, self.denoiser(x, *at, **condition))
+
+    def with_variance(self, x: Tensor, alpha: Tensor, sigma: Tensor, **condition: Tensor) -> tuple[Tensor, Tensor]:
+        self.rows += len(x)
+        return cast(Denoiser, self.denoiser).with_variance(x, alpha, sigma, **condition)

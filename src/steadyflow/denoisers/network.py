@@ -25,8 +25,8 @@ class NetworkDenoiser(Denoiser):
 
     Args:
         network: module called as network(x (B, *S), t (B,), **condition) -> (B, *S), in the precision of its own
-            parameters; a network that also predicts a variance returns (B, 2 C, ...), of which the first C channels
-            are used.
+            parameters; a network that also predicts a variance returns (B, 2 C, ...), of which `with_variance` alone
+            uses the last C channels.
         path: the path it was trained on.
         clock: (a, b); the network's own time is max(a t + b, 0), computed in float64. (1000, -1) gives the index of a
             chain of 1000 steps, whose index i stands at t = (i + 1) / 1000; (-1, 1) runs the other way.
@@ -74,13 +74,29 @@ class NetworkDenoiser(Denoiser):
         return combine(a, x, b, output)
 
     def forward(self, x: Tensor, alpha: Tensor, sigma: Tensor, **condition: Tensor) -> Tensor:
+        x, t, own = self._on_training_path(x, alpha, sigma)
+        a, b = self.weights(t, *own)
+        return combine(a, x, b, self.output(x, t, **condition))
+
+    def with_variance(self, x: Tensor, alpha: Tensor, sigma: Tensor, **condition: Tensor) -> tuple[Tensor, Tensor]:
+        x, t, own = self._on_training_path(x, alpha, sigma)
+        state, time = self.inputs(x, t)
+        output = call_whole(self.network, state, time, **condition).to(x.dtype)
+        if output.shape[1] != 2 * x.shape[1]:
+            raise ValueError("this checkpoint's network predicts no variance; choose variance=small or large")
+        (output, v), (a, b) = output.chunk(2, 1), self.weights(t, *own)
+        return combine(a, x, b, output), (v + 1) / 2
+
+    def _on_training_path(
+        self, x: Tensor, alpha: Tensor, sigma: Tensor
+    ) -> tuple[Tensor, Tensor, tuple[Tensor, Tensor]]:
+        """x' on the training path with x's ratio of noise to signal, its time and its (alpha', sigma')."""
         t = self.path.time_at((sigma / alpha).clamp(max=self.max_ratio))
         own = self.path(t)
         scale = (own[0] + own[1]) / (alpha + sigma)
         if scale.ndim or abs(scale.item() - 1) > 1e-12:  # 1 to rounding on the training path: spare the pass
             x = x * expand(scale, x)
-        a, b = self.weights(t, *own)
-        return combine(a, x, b, self.output(x, t, **condition))
+        return x, t, own
 
 
 class EpsDenoiser(NetworkDenoiser):

@@ -37,11 +37,13 @@ class Run:
     """One run: a cell at a seed.
 
     Attributes:
+        job: that makes it.
         words: its overrides.
         directory: named by its key, so another table with the same cell finds it.
         work: sampling steps, in units of one sample's.
     """
 
+    job: str
     words: tuple[str, ...]
     directory: Path
     work: float
@@ -79,17 +81,15 @@ class CellTask(Task):
 
 @dataclass
 class Cells:
-    """The cells of one job: composed, looked up, run.
+    """The cells of a table: composed, looked up, run.
 
     Args:
-        job: of the cells.
         store: the folder of finished cells.
         checkpoints: the folder of checkpoints that tables name and that have no config.
         options: of every config group, by group.
         extra: overrides of every cell.
     """
 
-    job: str
     store: Path
     checkpoints: Path
     options: Mapping[str, set[str]]
@@ -108,9 +108,9 @@ class Cells:
     def compose(self, cell: Cell) -> DictConfig:
         """The config of a cell."""
         words = self.words(cell)
-        text = " ".join(f"{k}={v}" for k, v in words.items())
+        text = " ".join([cell.job, *(f"{k}={v}" for k, v in words.items())])
         if text not in self._composed:
-            self._composed[text] = compose(self.job, [f"{k}={v}" for k, v in words.items()])
+            self._composed[text] = compose(cell.job, [f"{k}={v}" for k, v in words.items()])
         return self._composed[text]
 
     def runs(self, cell: Cell, seeds: Sequence[int]) -> list[Run]:
@@ -126,9 +126,9 @@ class Cells:
         for seed in seeds:
             with open_dict(config):
                 config.seed = seed
-            key = digest(self.job, config, inputs, timed="batch_size" in cell.overrides)
+            key = digest(cell.job, config, inputs, timed="batch_size" in cell.overrides)
             all_words = tuple(f"{k}={v}" for k, v in (words | {"seed": str(seed)}).items())
-            found.append(Run(all_words, self.store / self.job / key[:16], work(config)))
+            found.append(Run(cell.job, all_words, self.store / cell.job / key[:16], work(config)))
         if cell.metric not in UNSCORED and "features" in config and any(run.metrics() is None for run in found):
             self._hash("features", config)
         return found
@@ -156,18 +156,25 @@ class Cells:
         Returns:
             one line about each that failed, by directory.
         """
+        failed: dict[Path, str] = {}
+        for job in dict.fromkeys(run.job for run in runs):
+            failed |= self._launch(job, [run for run in runs if run.job == job])
+        return failed
+
+    def _launch(self, job: str, runs: Sequence[Run]) -> dict[Path, str]:
+        """Those of one job, which one launcher takes."""
         hydra, own_config = HydraConfig.get(), HydraConfig.instance().cfg
         sources = [s.path for s in hydra.runtime.config_sources if s.provider == "command-line"]
-        task = CellTask(self.job, tuple(word for path in sources for word in ("--config-dir", path)))
+        task = CellTask(job, tuple(word for path in sources for word in ("--config-dir", path)))
         loader = GlobalHydra.instance().config_loader()
         own = [o for o in hydra.overrides.hydra if o.lstrip("+").startswith(("hydra.job_logging", "hydra.verbose"))]
         common = [
             "hydra.mode=MULTIRUN",
-            f"hydra.job.name={self.job}",
-            f"hydra.sweep.dir={quoted(self.store / self.job)}",
+            f"hydra.job.name={job}",
+            f"hydra.sweep.dir={quoted(self.store / job)}",
         ]
         common += [f"hydra/launcher={hydra.runtime.choices['hydra/launcher']}", *own]
-        master = loader.load_configuration(self.job, common, RunMode.MULTIRUN)
+        master = loader.load_configuration(job, common, RunMode.MULTIRUN)
         with open_dict(master):
             master.hydra.launcher = hydra.launcher
         context = HydraContext(config_loader=loader, callbacks=_no_callbacks())

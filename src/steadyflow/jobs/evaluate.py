@@ -21,7 +21,7 @@ log = logging.getLogger(__name__)
 
 
 def run(cfg: DictConfig) -> dict[str, Any]:
-    """Scores cfg.images, writes metrics.json and prints a table. With metrics=nll, see `likelihood.score`.
+    """Scores cfg.images, writes metrics.json and prints a table. With metrics=nll or elbo, see `likelihood.score`.
 
     Returns:
         What metrics.json holds: numbers by name (None where one cannot be had), `protocol`, `reason`.
@@ -62,6 +62,9 @@ def table(results: dict[str, Any]) -> Table:
         "of",
         "checkpoint",
         "trace",
+        "bound",
+        "steps",
+        "variance",
         "features",
         "resize",
         "reference",

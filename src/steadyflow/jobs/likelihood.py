@@ -1,4 +1,4 @@
-"""Bits per dimension of images under a checkpoint: what `steadyflow evaluate metrics=nll` does."""
+"""Bits per dimension of images under a checkpoint: what `steadyflow evaluate metrics=nll` and `metrics=elbo` do."""
 
 import csv
 import json
@@ -22,15 +22,16 @@ from steadyflow.jobs.pictures import chosen_images, condition_labels
 from steadyflow.modules.sampling import DEQUANTISATION, SIGNS
 from steadyflow.noise import NoiseSource
 from steadyflow.samplers.likelihood import Likelihood, bits_per_dimension
+from steadyflow.samplers.variational_bound import VariationalBound
 
 log = logging.getLogger(__name__)
 LEVELS = 127.5  # of 8 bits, in a unit of x = level / 127.5 - 1
 
 
 def score(cfg: DictConfig, directory: Path) -> dict[str, Any]:
-    """The mean of -log2 p(x) / D in bits, x = (level + u - 1/2) / 127.5 - 1 with u uniform on [0, 1), keyed by (seed,
-    image): in expectation over u an upper bound of the bits that the 8-bit images take. Vectors are taken as they are,
-    and it is their density's. Writes
+    """The mean of -log2 p(x) / D in bits. Of 8-bit images, either their levels' own (the variational bound) or that of
+    x = (level + u - 1/2) / 127.5 - 1 with u uniform on [0, 1), keyed by (seed, image): in expectation over u an upper
+    bound of the bits that the images take. Vectors are taken as they are, and it is their density's. Writes
 
         per_image.csv   nll of every image, kept as it goes: killed, it goes on with resume=DIRECTORY
         metrics.json    nll: the mean, nll_std: its standard error
@@ -40,8 +41,9 @@ def score(cfg: DictConfig, directory: Path) -> dict[str, Any]:
         FloatingPointError: the network returned NaN.
     """
     checkpoint: Checkpoint = instantiate(cfg.checkpoint)
-    measure: Likelihood = instantiate(cfg.likelihood, path=checkpoint.path)
-    x, index, label, source = chosen(cfg, checkpoint)
+    measure: Likelihood | VariationalBound = instantiate(cfg.likelihood, path=checkpoint.path)
+    x, index, label, source = chosen(cfg, checkpoint, measure.dequantised)
+    dequantised = measure.dequantised and x.ndim == 4
     file, nll = directory / "per_image.csv", torch.full((len(x),), torch.nan, dtype=torch.float64)
     inputs = {"checkpoint": checkpoint.sha256, "images": content_hash(x, index)}
     if record.claim(directory, cfg, inputs=inputs, ignore=("batch_size", "device")) and file.exists():
@@ -55,21 +57,25 @@ def score(cfg: DictConfig, directory: Path) -> dict[str, Any]:
     with Progress(transient=True) as bar:
         task = bar.add_task("images", total=len(x))
         for rows in nll.isnan().nonzero()[:, 0].split(cfg.batch_size):
-            bar.update(task, completed=int((~nll.isnan()).sum()))
-            if len(rows) == 0:
+            done, share = int((~nll.isnan()).sum()), len(rows)
+            bar.update(task, completed=done)
+            if share == 0:
                 break
+
+            def advance(fraction: float, done: int = done, share: int = share) -> None:
+                bar.update(task, completed=done + fraction * share)
+
             noise = NoiseSource(cfg.seed, index[rows], checkpoint.shape, device, stream=SIGNS)
             condition = {} if label is None else {"label": label[rows].to(device)}
-            log_p = measure(model, x[rows].to(device), noise, **condition).cpu()
-            nll[rows] = bits_per_dimension(log_p, x[0].numel(), LEVELS if x.ndim == 4 else 1.0)
-            done = ~nll.isnan()
+            log_p = measure(model, x[rows].to(device), noise, progress=advance, **condition).cpu()
+            nll[rows] = bits_per_dimension(log_p, x[0].numel(), LEVELS if dequantised else 1.0)
+            scored = ~nll.isnan()
             with whole_file(file) as temporary:
-                write_per_image(temporary, {"nll": (index[done], nll[done])})
+                write_per_image(temporary, {"nll": (index[scored], nll[scored])})
 
-    trace = "exact" if x[0].numel() <= measure.exact else f"{measure.probes} random signs"
-    protocol = {"count": len(x), "of": source, "checkpoint": checkpoint.name, "label": cfg.label, "trace": trace}
-    protocol |= {"dequantisation": "uniform" if x.ndim == 4 else None, "units": "bits per dimension"}
-    protocol |= {"end": measure.end, "rtol": measure.rtol, "atol": measure.atol}
+    protocol = {"count": len(x), "of": source, "checkpoint": checkpoint.name, "label": cfg.label}
+    protocol |= {"dequantisation": "uniform" if dequantised else None, "units": "bits per dimension"}
+    protocol |= measure.protocol(x[0].numel())
     error = float(nll.std() / len(nll) ** 0.5) if len(nll) > 1 else None
     results = {"nll": float(nll.mean()), "nll_std": error, "protocol": {"nll": protocol}, "reason": {}}
     record.write_text(directory / "metrics.json", json.dumps(results, indent=2) + "\n")
@@ -77,8 +83,8 @@ def score(cfg: DictConfig, directory: Path) -> dict[str, Any]:
     return results
 
 
-def chosen(cfg: DictConfig, checkpoint: Checkpoint) -> tuple[Tensor, Tensor, Tensor | None, str]:
-    """What is scored: x (N, *S) float64, dequantised where it is images, the numbers (N,), the classes, the source."""
+def chosen(cfg: DictConfig, checkpoint: Checkpoint, dequantised: bool) -> tuple[Tensor, Tensor, Tensor | None, str]:
+    """What is scored: x (N, *S) float64, images dequantised where asked for, the numbers (N,), classes, the source."""
     dataset = instantiate(cfg.dataset) if cfg.images is None else None
     if dataset is not None and len(dataset.shape) == 1:
         index = torch.arange(cfg.first, min(cfg.first + cfg.num_images, len(dataset)))
@@ -87,9 +93,10 @@ def chosen(cfg: DictConfig, checkpoint: Checkpoint) -> tuple[Tensor, Tensor, Ten
     files, source = chosen_images(cfg, dataset)
     checkpoint.check(files.shape, source)
     index = torch.from_numpy(files.index)
-    u = torch.stack(
-        [torch.from_numpy(philox(cfg.seed, int(i), DEQUANTISATION).random(files.shape)) for i in files.index]
-    )
+    levels = files.read(files.index).double()
+    if dequantised:
+        u = [torch.from_numpy(philox(cfg.seed, int(i), DEQUANTISATION).random(files.shape)) for i in files.index]
+        levels += torch.stack(u) - 0.5
     own = None if files.label is None else torch.from_numpy(files.label)
     label = condition_labels(cfg.label, own, len(index), checkpoint.num_classes)
-    return (files.read(files.index).double() + u - 0.5) / LEVELS - 1, index, label, source
+    return levels / LEVELS - 1, index, label, source

@@ -62,11 +62,11 @@ def run(cfg: DictConfig) -> dict[str, Any] | None:
     extra = overrides(cfg.set)
     if any(word.startswith("data_dir=") for word in HydraConfig.get().overrides.task):
         extra["data_dir"] = quoted(cfg.data_dir)
-    cells = Cells(table.job, Path(cfg.results_dir).expanduser().resolve(), checkpoints, options, extra)
+    cells = Cells(Path(cfg.results_dir).expanduser().resolve(), checkpoints, options, extra)
     found: dict[Cell, Outcome] = {}
     runs: dict[Cell, list[Run]] = {}
     for cell in table.cells:
-        if outcome := obstacle(cell, table.job, options, checkpoints):
+        if outcome := obstacle(cell, options, checkpoints):
             found[cell] = outcome
             continue
         try:
@@ -99,6 +99,9 @@ def run(cfg: DictConfig) -> dict[str, Any] | None:
         else:
             metrics = [found_metrics for run in of if (found_metrics := run.metrics()) is not None]
             found[cell] = states.done(cell, metrics, [str(run.directory) for run in of], stale(of))
+    if table.relative_to:
+        units = {cell.column: outcome for cell, outcome in found.items() if cell.row == table.relative_to}
+        found = {cell: states.over(outcome, units[cell.column]) for cell, outcome in found.items()}
     return finish(console, Path(HydraConfig.get().runtime.output_dir) / table.scale, table, found)
 
 
@@ -118,9 +121,9 @@ def make_first(console: Console, table: Table, dry: bool) -> None:
             raise Failed(f"the table is made from {directory}, and '{' '.join(words)}' failed")
 
 
-def obstacle(cell: Cell, job: str, options: dict[str, set[str]], checkpoints: Path) -> Outcome | None:
+def obstacle(cell: Cell, options: dict[str, set[str]], checkpoints: Path) -> Outcome | None:
     """Why a cell cannot be run in this version or without further files, None where nothing is in its way."""
-    lacking = [name for name in dict.fromkeys([job, *cell.needs]) if not _there(name, cell, options, checkpoints)]
+    lacking = [name for name in dict.fromkeys([cell.job, *cell.needs]) if not _there(name, cell, options, checkpoints)]
     files = {name: key for key, name in files_needed(cell)}
     if methods := [name for name in lacking if name not in files]:
         return Outcome("needs", note=f"needs {', '.join(methods)}: not in this version")
@@ -177,7 +180,7 @@ def list_tables(folders: list[Path], options: dict[str, set[str]]) -> None:
     checkpoints, cells, ready = Path(os.environ.get("STEADYFLOW_DATA", "~/.cache/steadyflow/data")).expanduser(), 0, 0
     checkpoints = (checkpoints / ".." / "checkpoints").resolve()
     for table in all_tables(folders):
-        can = sum(obstacle(cell, table.job, options, checkpoints) is None for cell in table.cells)
+        can = sum(obstacle(cell, options, checkpoints) is None for cell in table.cells)
         cells, ready = cells + len(table.cells), ready + can
         shown.add_row(table.name, table.source, table.title, str(len(table.cells)), str(can))
     console = Console()

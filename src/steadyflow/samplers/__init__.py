@@ -19,6 +19,7 @@ from steadyflow.samplers.sa_solver import SASolver
 from steadyflow.samplers.sampler import OneStepSampler, Sampler
 from steadyflow.samplers.trajectory import Parareal, TrajectoryMap, Transport
 from steadyflow.samplers.unipc import UniPC
+from steadyflow.samplers.variational_bound import VariationalBound
 
 __all__ = [
     "DDIM",
@@ -46,5 +47,6 @@ __all__ = [
     "TrajectoryMap",
     "Transport",
     "UniPC",
+    "VariationalBound",
     "in_parallel",
 ]

@@ -14,6 +14,7 @@ from steadyflow.noise import NoiseSource
 from steadyflow.paths import GaussianPath, expand
 from steadyflow.samplers.linear import state_noise
 from steadyflow.samplers.rk45 import dormand_prince, taken
+from steadyflow.samplers.sampler import Progress
 
 
 class Likelihood:
@@ -41,6 +42,8 @@ class Likelihood:
         ValueError: end outside (0, 1); tolerances or probes that are not positive.
     """
 
+    dequantised = True  # images are given noise of the width of a level, of which it is the density
+
     def __init__(
         self,
         path: GaussianPath | LinearDiffusion,
@@ -55,12 +58,20 @@ class Likelihood:
         self.path, self.probes, self.exact, self.end = path, int(probes), int(exact), float(end)
         self.rtol, self.atol = float(rtol), float(atol)
 
-    def __call__(self, model: nn.Module, x: Tensor, noise: NoiseSource, **condition: Tensor) -> Tensor:
+    def protocol(self, dimensions: int) -> dict[str, object]:
+        """What a number of it depends on."""
+        trace = "exact" if dimensions <= self.exact else f"{self.probes} random signs"
+        return {"trace": trace, "end": self.end, "rtol": self.rtol, "atol": self.atol}
+
+    def __call__(
+        self, model: nn.Module, x: Tensor, noise: NoiseSource, progress: Progress | None = None, **condition: Tensor
+    ) -> Tensor:
         """log p(x) in nats, (B,) float64, of data x (B, *S).
 
         Args:
             model: a Denoiser, on a linear diffusion a NoiseModel.
             noise: of shape S, of the further variables (step 0) and of the probes (steps 1, 2, ...).
+            progress: called with the fraction done.
             condition: passed on to the model.
 
         Raises:
@@ -85,7 +96,7 @@ class Likelihood:
             return expand(2 * v, state) * torch.cat([f.flatten(1), divergence.unsqueeze(1)], 1)
 
         state = torch.cat([y.flatten(1), torch.zeros_like(log_p).unsqueeze(1)], 1)
-        state = dormand_prince(rate, state, self.end**0.5, 1.0, self.rtol, self.atol)
+        state = dormand_prince(rate, state, self.end**0.5, 1.0, self.rtol, self.atol, progress)
         return log_p + flow.last(state[:, :-1].reshape(-1, *shape)) + state[:, -1]
 
 

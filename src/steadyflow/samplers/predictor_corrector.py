@@ -60,7 +60,7 @@ class PredictorCorrector(Sampler):
         (a_t, s_t), (a_s, s_s) = path(t), path(s)
         b = a_t / a_s
         if predictor == "ancestral":
-            _, _, keep, pull, std = DDPM(path, self.times).coefficients(t, s)
+            _, _, keep, pull, std, _ = DDPM(path, self.times).coefficients(t, s)
         elif path.ratio(t[0]) > 1e8:
             raise ValueError(
                 f"{type(path).__name__} has no signal at t = {t[0]:.4g}, and the reverse diffusion no drift there; "

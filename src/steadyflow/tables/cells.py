@@ -12,8 +12,8 @@ WORKS = {
     "002": "Fast Samplers for Inverse Problems",  # in Iterative Refinement Models: C-PiGDM
 }
 KEYS = {"title", "source", "job", "notes", "set", "needs", "first", "scale", "seeds", "factor"}  # of a table
-KEYS |= {"columns", "rows", "published"}
-PARTS = {"rows": {"set", "needs", "where", "scale"}, "columns": {"set", "needs", "metric", "factor"}}
+KEYS |= {"columns", "rows", "published", "relative_to"}
+PARTS = {"rows": {"set", "needs", "where", "scale"}, "columns": {"set", "needs", "metric", "factor", "job"}}
 
 
 @dataclass(frozen=True)
@@ -38,6 +38,7 @@ class Cell:
 
     Attributes:
         row, column: labels.
+        job: that makes the run.
         overrides: by key, without the seed.
         metric: a key of the run's metrics.json.
         factor: what that is multiplied by, to be in the units of the source.
@@ -47,6 +48,7 @@ class Cell:
 
     row: str
     column: str
+    job: str
     overrides: Mapping[str, str] = field(hash=False)
     metric: str
     factor: float
@@ -67,12 +69,12 @@ class Table:
         rows, columns: what each label is made of: those of the groups around it and its own.
         cells: those there are, row by row; they need not form a product.
         first: the runs that the cells are made from, by directory, each a command.
+        relative_to: the row by whose number, in each column, the numbers are divided; "" for none.
     """
 
     name: str
     title: str
     source: str
-    job: str
     scale: str
     seeds: tuple[int, ...]
     rows: Mapping[str, tuple[str, ...]]
@@ -80,6 +82,7 @@ class Table:
     cells: tuple[Cell, ...]
     notes: str
     first: Mapping[str, str]
+    relative_to: str
 
     @property
     def comparable(self) -> bool:
@@ -109,13 +112,14 @@ def read(name: str, config: Mapping[str, Any], scale: str | None = None) -> Tabl
     """A table of its config.
 
         title: ...                            source: {work: "000", table: "3.1"}, or any text
-        job: sample                           set, needs: of every cell
+        job: sample                           set, needs: of every cell; a column may have a job of its own
         columns: {LABEL: {metric: fid, set: "sampler=ddim", needs: [...], factor: 1}}
         rows: {LABEL: {set: "sampler.steps=10", needs: [...], where: {SR: "sampler.weight=1"}}}
         published: {ROW: [a value for each column; `none` where the source has no such cell]}, or null
         scale: {mini: "dataset=digits checkpoint=digits32 num_samples=256"}      further overrides, by scale;
                                               also {set: ..., needs: [...], first: {...}}; and in a row, of that row
         seeds: [0, 1, 2]                      of each cell, [0] without
+        relative_to: ROW                      each number over that of its column in this row
         first: {outputs/net: "train +experiment=..."}     runs that the cells read, as commands without hydra.run.dir; a
                                               scale's own in their place
 
@@ -162,6 +166,9 @@ def read(name: str, config: Mapping[str, Any], scale: str | None = None) -> Tabl
     values = {
         str(row): of for row, of in (config.get("published") or dict.fromkeys(rows, [None] * len(columns))).items()
     }
+    relative_to = str(config.get("relative_to") or "")
+    if relative_to and relative_to not in rows:
+        raise ValueError(f"table {name}: relative_to says {relative_to}, and no row is called so")
     if list(values) != list(rows):
         raise ValueError(f"table {name}: the rows of `published` must be those of `rows`, in their order")
     further = scales[chosen] if isinstance(scales[chosen], Mapping) else {"set": scales[chosen]}
@@ -188,12 +195,12 @@ def read(name: str, config: Mapping[str, Any], scale: str | None = None) -> Tabl
                     needs.pop(lost, None)
             needs |= dict.fromkeys(_names(further))
             factor = float(c.get("factor") or config.get("factor") or 1)
-            cells.append(Cell(row, column, own | extra, c["metric"], factor, tuple(needs), published(value)))
+            job = str(c.get("job") or config["job"])
+            cells.append(Cell(row, column, job, own | extra, c["metric"], factor, tuple(needs), published(value)))
     return Table(
         name,
         str(config["title"]),
         _source(config.get("source")),
-        str(config["job"]),
         chosen,
         tuple(config.get("seeds") or [0]),
         {row: labels for row, (labels, _) in rows.items()},
@@ -201,6 +208,7 @@ def read(name: str, config: Mapping[str, Any], scale: str | None = None) -> Tabl
         tuple(cells),
         str(config.get("notes") or "").strip(),
         {str(directory): str(command) for directory, command in (first or {}).items()},
+        relative_to,
     )
 
 

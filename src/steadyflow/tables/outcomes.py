@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from statistics import fmean, stdev
 from typing import Any, Literal
 
@@ -60,6 +60,15 @@ def done(cell: Cell, metrics: Sequence[Mapping[str, Any]], runs: Sequence[str], 
             return Outcome("absent", count=len(values), stale=stale, note=note, runs=runs)
         values.append(cell.factor * float(value))
     return Outcome("done", fmean(values), stdev(values) if len(values) > 1 else None, len(values), stale, "", runs)
+
+
+def over(outcome: Outcome, unit: Outcome) -> Outcome:
+    """A number divided by that of another cell, without its spread; absent where there is none to divide by."""
+    if outcome.value is None:
+        return outcome
+    if unit.value is None:
+        return replace(outcome, state="absent", value=None, spread=None, note="no number to divide by")
+    return replace(outcome, value=outcome.value / unit.value, spread=None)
 
 
 def difference(outcome: Outcome, printed: Published) -> float | None:
