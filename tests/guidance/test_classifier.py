@@ -45,6 +45,18 @@ def test_with_the_exact_classifier_it_is_the_conditional_denoiser(path) -> None:
         Classifier(denoiser, exact)(x, alpha, sigma)
 
 
+def test_a_learned_variance_stays() -> None:
+    class Learned(GaussianMixture):
+        def with_variance(self, x, alpha, sigma, **condition):
+            return self(x, alpha, sigma, **condition), x / 3
+
+    x, label, at = torch.randn(2, 3, dtype=torch.float64), torch.tensor([0, 1]), ConditionalOT()(0.3)
+    guidance = Classifier(Learned(MEANS, VARIANCES, WEIGHTS), exact)
+    x0, v = guidance.with_variance(x, *at, label=label)
+    assert torch.equal(x0, guidance(x, *at, label=label))
+    assert torch.equal(v, x / 3)
+
+
 def test_a_network_is_asked_on_its_path_at_its_index() -> None:
     torch.manual_seed(0)
     network = NoisyClassifier(1, 32, (1, 2), 1, (8,), 16, num_classes=4, head_channels=16).double().eval()

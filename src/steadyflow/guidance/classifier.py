@@ -32,13 +32,23 @@ class Classifier(Denoiser):
         self.scale, self.conditional = float(scale), conditional
 
     def forward(self, x: Tensor, alpha: Tensor, sigma: Tensor, **condition: Tensor) -> Tensor:
+        x0 = self.denoiser(x, alpha, sigma, **self._known(condition))
+        return accumulate(x0, *self._shift(x, alpha, sigma, condition["label"]))
+
+    def with_variance(self, x: Tensor, alpha: Tensor, sigma: Tensor, **condition: Tensor) -> tuple[Tensor, Tensor]:
+        x0, v = self.denoiser.with_variance(x, alpha, sigma, **self._known(condition))
+        return accumulate(x0, *self._shift(x, alpha, sigma, condition["label"])), v
+
+    def _known(self, condition: dict[str, Tensor]) -> dict[str, Tensor]:
+        """What the denoiser is told."""
         if "label" not in condition:
             raise ValueError("classifier guidance needs a label for each sample")
-        label = condition["label"]
-        known = condition if self.conditional else {k: v for k, v in condition.items() if k != "label"}
-        x0 = self.denoiser(x, alpha, sigma, **known)
+        return condition if self.conditional else {k: v for k, v in condition.items() if k != "label"}
+
+    def _shift(self, x: Tensor, alpha: Tensor, sigma: Tensor, label: Tensor) -> tuple[Tensor, Tensor]:
+        """w sigma^2 / alpha and the gradient."""
         alpha = torch.maximum(alpha, sigma / MAX_RATIO)
         with torch.enable_grad():
             leaf = x.detach().requires_grad_()
             (gradient,) = torch.autograd.grad(self.classifier(leaf, alpha, sigma, label).sum(), leaf)
-        return accumulate(x0, self.scale * sigma**2 / alpha, gradient)
+        return self.scale * sigma**2 / alpha, gradient
