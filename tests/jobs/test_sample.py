@@ -3,6 +3,7 @@
 import hashlib
 import json
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -13,10 +14,11 @@ from PIL import Image
 
 from steadyflow import cli
 from steadyflow.callbacks.samples import SampleFiles
-from steadyflow.checkpoints import load, save
+from steadyflow.checkpoints import embedded, load, save
 from steadyflow.data import Digits, open_images
 from steadyflow.denoisers import VelocityDenoiser
 from steadyflow.grids import Quadratic
+from steadyflow.jobs.sample import check_null
 from steadyflow.networks import MLP
 from steadyflow.noise import NoiseSource
 from steadyflow.paths import ConditionalOT, VariancePreserving
@@ -186,6 +188,17 @@ def test_labels_and_guidance(tmp_path, capsys):
     assert "label=3, but this checkpoint has no classes" in mistake(capsys, *POINTS, dir, "label=3")
     assert "guidance_scale=2.0 guides towards a class" in mistake(capsys, *POINTS, dir, "guidance_scale=2.0")
     assert not (tmp_path / "x" / "run.json").exists()  # refused before the directory is taken
+
+
+def test_guidance_of_a_checkpoint_that_always_saw_a_class_is_warned_of(caplog):
+    label = torch.tensor([1, 2])
+    for dropout, scale, given, warned in ((0, 2.0, label, True), (0, 1.0, None, True), (0, 1.0, label, False),
+                                          (0.1, 2.0, None, False)):  # fmt: skip
+        caplog.clear()
+        check_null(replace(embedded("digits32"), card={"label_dropout": dropout}), given, scale)
+        assert [f"as {'label=null' if scale == 1 else 'guidance_scale=2'} asks" in r.getMessage()
+                for r in caplog.records] == [True] * warned  # fmt: skip
+    assert embedded("digits32").card["config"]["label_dropout"] == 0.1
 
 
 def test_without_a_dataset_the_same_images_unscored(tmp_path, capsys):

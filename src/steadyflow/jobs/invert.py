@@ -20,7 +20,7 @@ from steadyflow.data import from_uint8
 from steadyflow.data.images import content_hash
 from steadyflow.jobs import record
 from steadyflow.jobs.pictures import chosen_images, condition_labels
-from steadyflow.jobs.sample import sampler_on
+from steadyflow.jobs.sample import check_null, sampler_on
 from steadyflow.modules.inversion import Inverting
 from steadyflow.tables.outcomes import number
 
@@ -57,6 +57,8 @@ def run(cfg: DictConfig) -> dict[str, Any]:
     checkpoint.check(files.shape, source)
     images, index = from_uint8(files.read(files.index)), torch.from_numpy(files.index)
     own = None if files.label is None else torch.from_numpy(files.label)
+    label = condition_labels(cfg.label, own, len(images), checkpoint.num_classes)
+    check_null(checkpoint, label, cfg.guidance_scale)
     sampler = sampler_on(cfg.sampler, checkpoint)
     module = Inverting(
         checkpoint.denoiser,
@@ -64,7 +66,7 @@ def run(cfg: DictConfig) -> dict[str, Any]:
         methods,
         images,
         index,
-        condition_labels(cfg.label, own, len(images), checkpoint.num_classes),
+        label,
         cfg.seed,
         batch_size=cfg.batch_size,
         guidance_scale=cfg.guidance_scale,

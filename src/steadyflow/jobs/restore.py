@@ -20,7 +20,7 @@ from steadyflow.data.image_writing import pillow, whole_file
 from steadyflow.data.images import content_of
 from steadyflow.jobs import record
 from steadyflow.jobs.pictures import chosen_images, condition_labels
-from steadyflow.jobs.sample import make, sampler_on
+from steadyflow.jobs.sample import check_null, make, sampler_on
 from steadyflow.metrics import Consistency
 from steadyflow.modules.restoring import Measurements, Restoration
 from steadyflow.modules.sampling import Sampling
@@ -89,6 +89,8 @@ def run(cfg: DictConfig) -> dict[str, Any]:
         log.warning("%s: the middle %s pixels are taken, as this checkpoint and task need", source, sizes)
 
     index, own = torch.from_numpy(images.index), None if images.label is None else torch.from_numpy(images.label)
+    label = condition_labels(cfg.label, own, len(images), checkpoint.num_classes)
+    check_null(checkpoint, label, cfg.guidance_scale)
     files = SampleFiles(directory, cfg.format, name="restored")
     module = Sampling(
         denoiser,
@@ -96,7 +98,7 @@ def run(cfg: DictConfig) -> dict[str, Any]:
         checkpoint.shape,
         cfg.seed,
         index,
-        condition_labels(cfg.label, own, len(images), checkpoint.num_classes),
+        label,
         batch_size=cfg.batch_size,
         guidance_scale=cfg.guidance_scale,
         num_classes=checkpoint.num_classes,

@@ -97,17 +97,26 @@ def run(cfg: DictConfig) -> dict[str, Any]:
 
 
 def check_null(checkpoint: Checkpoint, label: torch.Tensor | None, guidance_scale: float) -> None:
-    """That a checkpoint without a null label is not asked for it.
+    """That a checkpoint is asked without a class only if it was trained for that; a warning where it merely answers.
 
     Raises:
-        ValueError: it is.
+        ValueError: it has no null label.
     """
-    if getattr(getattr(checkpoint.model, "network", None), "null_label", True):
+    without = label is None or bool((label == checkpoint.num_classes).any()) or guidance_scale != 1
+    if not checkpoint.num_classes or not without:
         return
-    if label is None or bool((label == checkpoint.num_classes).any()) or guidance_scale != 1:
+    if not getattr(getattr(checkpoint.model, "network", None), "null_label", True):
         raise ValueError(
             f"checkpoint {checkpoint.name} was trained with a class on every image and has no null label: choose "
             "label=balanced, random or a class, and guidance_scale=1"
+        )
+    dropout = checkpoint.card.get("label_dropout", (checkpoint.card.get("config") or {}).get("label_dropout"))
+    if dropout == 0:
+        log.warning(
+            "checkpoint %s was trained with a class on every image (label_dropout=0); what it gives without one, as %s "
+            "asks, means little",
+            checkpoint.name,
+            "label=null" if guidance_scale == 1 else f"guidance_scale={guidance_scale:g}",
         )
 
 

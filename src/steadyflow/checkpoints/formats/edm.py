@@ -54,12 +54,13 @@ def read(file: str | Path, sigma_max: float = 80.0, weights: str = "ema") -> Con
         state = negated(state)
     settings = settings_of(net)
     shape = (settings["img_channels"], settings["img_resolution"], settings["img_resolution"])
+    card = {"format": "edm", "architecture": model.name, "preconditioning": net.name}
     return Converted(
         nodes={"network": arguments | time, "path": path, "denoiser": denoiser},
         state=state,
         shape=shape,
         num_classes=settings.get("label_dim", 0),
-        card={"format": "edm", "architecture": model.name, "preconditioning": net.name},
+        card=card | {"label_dropout": settings_of(model).get("label_dropout", 0)},
     )
 
 

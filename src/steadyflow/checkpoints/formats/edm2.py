@@ -89,7 +89,7 @@ def read(file: str | Path, sigma_max: float = 80.0, weights: str = "ema") -> Con
         state=state,
         shape=(own["img_channels"], size, size),
         num_classes=own.get("label_dim", 0),
-        card={"format": "edm2", "architecture": "EDM2 U-Net", "preconditioning": "EDM"},
+        card={"format": "edm2", "architecture": "EDM2 U-Net", "preconditioning": "EDM", "label_dropout": 0},
     )
 
 
