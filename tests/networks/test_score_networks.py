@@ -55,7 +55,8 @@ def test_sizes_are_the_published(millions: float) -> None:
 @pytest.mark.parametrize("name", SMALL)
 def test_a_batch_is_its_items_and_a_new_network_gives_zero(name: str) -> None:
     network = SMALL[name]().eval()
-    x, t, label = torch.randn(3, 3, 16, 16), torch.tensor([0.1, 0.5, 0.9]), torch.tensor([0, 2, 1])
+    x, label = torch.randn(3, 3, 16, 16), torch.tensor([0, 2, 1])
+    t = torch.ones(3) if name == "get" else torch.tensor([0.1, 0.5, 0.9])
     with torch.inference_mode():
         assert not network(x, t, label).any()
         randomised(network)
@@ -145,3 +146,5 @@ def test_what_does_not_fit_is_refused() -> None:
         NCSNpp(model_channels=8, num_res_blocks=1)(torch.zeros(1, 3, 12, 16), torch.zeros(1))
     with pytest.raises(ValueError, match="no unconditional model"):
         SMALL["get"]()(torch.zeros(1, 3, 16, 16))
+    with pytest.raises(ValueError, match=r"asked at t = 0.3; choose sampler=one_step"):
+        SMALL["get"]()(torch.zeros(2, 3, 16, 16), torch.tensor([1, 0.3]), torch.tensor([0, 1]))

@@ -42,8 +42,8 @@ def check_split(split: str) -> str:
 
 
 def nothing(split: str = "train") -> NoReturn:
-    """No dataset: a ValueError where one is read."""
-    raise ValueError("none is chosen, but its images are needed; choose one, or, where the job takes it, images=PATH")
+    """No dataset: a FileNotFoundError where one is read."""
+    raise FileNotFoundError("dataset=none has no images; choose a dataset, or a file of images or statistics instead")
 
 
 def sha256_of(path: Path) -> str:

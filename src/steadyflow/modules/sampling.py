@@ -201,11 +201,13 @@ class Sampling(L.LightningModule):
         full = min(self.index.numel() // (self.batch_size * world), 2)
         if batch_idx > 0 or full > 1:
             return batch_idx > 0
-        rows, half, path = self.denoiser.rows, torch.tensor(0.5, dtype=torch.float64), self.path
+        rows, path = self.denoiser.rows, self.path
+        half, end = torch.tensor([0.5, 1.0], dtype=torch.float64)
         with torch.no_grad():
             if isinstance(path, LinearDiffusion):
                 self.guided(path.lift(noise(0)), half, **condition)
             else:
-                self.guided(noise(0), half, half, **condition)
+                at = (half, half) if path is None else path(end)  # noise, where every network is at home
+                self.guided(at[1].to(noise(0)) * noise(0), *at, **condition)
         self.denoiser.rows = rows
         return True

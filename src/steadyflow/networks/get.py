@@ -41,8 +41,8 @@ class GET(nn.Module):
         z* = f(z*, n + c),    x = unpatches(W LN(z*))                   (equilibrium transformer f, decoder)
 
     z* by the solver of `equilibrium` from z_0 ~ N(0, I): in training drawn anew, in evaluation the same draw for every
-    item, so that an image depends on its noise alone. The time is not looked at: e is noise, and x a sample. Where the
-    steps of the solver and their gradient are to change, set the attribute `equilibrium`.
+    item, so that an image depends on its noise alone. The time is 1: e is noise, and x a sample. Where the steps of the
+    solver and their gradient are to change, set the attribute `equilibrium`.
     Source: Geng et al. 2023; thesis Eq. 4.1-4.5 and Table 4.7. Positions and initial weights as in the released code.
 
     Args:
@@ -57,8 +57,8 @@ class GET(nn.Module):
         iterations: of the fixed-point iteration, differentiated as they stand.
 
     Raises:
-        ValueError: sizes that do not divide; in the call, e of another shape, or a label where none belongs, or none
-            where one does.
+        ValueError: sizes that do not divide; in the call, e of another shape, a time before 1, or a label where none
+            belongs, or none where one does.
     """
 
     def __init__(
@@ -95,6 +95,11 @@ class GET(nn.Module):
         self._initialise()
 
     def forward(self, e: Tensor, t: Tensor | None = None, label: Tensor | None = None) -> Tensor:
+        if t is not None and bool((t < 1).any()):
+            raise ValueError(
+                f"GET makes images of noise alone, in one call at t = 1, and is asked at t = {float(t.min()):.3g}; "
+                "choose sampler=one_step"
+            )
         u = self.injections(e, label)
         return self.decode(self.equilibrium(self.step, self.start(u), u).z)
 
