@@ -60,7 +60,8 @@ def test_what_was_written_is_read(kind: str, tmp_path: Path) -> None:
     half = torch.randn(3, 5).half()
     written = {
         "ema": net.state_dict(),
-        "tied": [half, half.T, half[1:, ::2], torch.randn(2, 0, 3), torch.tensor(2.5)],
+        "module": net,
+        "tied": [half, half.T, half[1:, ::2], torch.randn(2, 0, 3), torch.tensor(2.5), torch.ones(1).expand(4)],
         "more": (torch.arange(5), torch.tensor([True, False]), torch.randn(3).bfloat16(), nn.Parameter(torch.ones(2))),
         "args": argparse.Namespace(lr=1e-4, name="x"),
         "plain": {"step": 3, "on": True, "none": None, "text": "ü", "shape": torch.Size([2, 3])},
@@ -70,6 +71,7 @@ def test_what_was_written_is_read(kind: str, tmp_path: Path) -> None:
     assert list(found) == list(written)
     for key, value in net.state_dict().items():
         assert torch.equal(found["ema"][key], value)
+        assert torch.equal(found["module"].tensors()[key], value)
     for key in ("tied", "more"):
         for a, b in zip(found[key], written[key], strict=True):
             assert torch.equal(a, b)
@@ -79,11 +81,13 @@ def test_what_was_written_is_read(kind: str, tmp_path: Path) -> None:
     assert found["plain"] == written["plain"]
 
 
-def test_safetensors_and_numpy(tmp_path: Path) -> None:
+@pytest.mark.parametrize("protocol", [4, 5])
+def test_safetensors_and_numpy(protocol: int, tmp_path: Path) -> None:
     safetensors.torch.save_file({"a.b": torch.arange(6.0)}, tmp_path / "file")
     assert torch.equal(read_state(tmp_path / "file")["a.b"], torch.arange(6.0))
     array = np.asfortranarray(np.arange(6.0).reshape(2, 3))
-    plain({"a": array, "b": np.float32(2.5), "c": np.arange(3, dtype=">i4")}, tmp_path / "file")
+    data = {"a": array, "b": np.float32(2.5), "c": np.arange(3, dtype=">i4")}
+    (tmp_path / "file").write_bytes(pickle.dumps(data, protocol))
     found = read_state(tmp_path / "file")
     assert np.array_equal(found["a"].value, array)
     assert found["b"] == 2.5
@@ -175,7 +179,11 @@ def text(value: str) -> bytes:
 
 LAUGHS = b"".join(b"(" + 9 * (b"h" + bytes([k])) + b"tq" + bytes([k + 1]) for k in range(30))
 PERSISTENT = name("torch_utils.persistence", "_reconstruct_persistent_obj")
+STORAGE = text("storage") + name("torch", "FloatStorage") + text("0") + text("cpu") + b"K\x00"
+BUFFER, UINT8 = name("numpy.core.numeric", "_frombuffer"), name("numpy", "dtype") + text("u1") + b"\x85R"
 LONG_LIST, CALLS = b"](" + b"N" * 40000 + b"e\x85q\x01(", b"h\x00h\x01R" * 500
+INSIDE = b"\x80\x02" + name("torch", "Size") + b"q\x00](" + b"N" * 9000 + b"e\x85q\x01(" + b"h\x00h\x01R" * 99 + b"t."
+NESTED = b"q\x00B" + struct.pack("<I", len(INSIDE)) + INSIDE + b"\x85q\x01(" + b"h\x00h\x01R" * 5
 
 
 @pytest.mark.parametrize("kind", ["plain", "zip"])
@@ -196,7 +204,14 @@ LONG_LIST, CALLS = b"](" + b"N" * 40000 + b"e\x85q\x01(", b"h\x00h\x01R" * 500
         (b"\xf0.", r"damaged: b'\\xf0' at byte 2 of the pickle is no instruction"),
         (name("torch", "float32") + b")R.", "damaged: it calls a dtype"),
         (name("torch._utils", "_rebuild_tensor_v2") + b"}b.", "damaged: it gives a state to a Global"),
-        (text("x") + b"Q.", "truncated or damaged .ValueError: not enough values"),
+        (text("x") + b"Q.", "damaged: what stands outside the pickle is no storage"),
+        (b"(" + STORAGE + b"NNtQ.", "damaged: what stands outside the pickle is no storage"),
+        (
+            BUFFER + b"(C\x01\x00" + UINT8 + b"(" + 65 * b"K\x01" + b"tX\x01\x00\x00\x00CtR.",
+            "a shape that is not of 64",
+        ),
+        (name("builtins", "slice") + b")R.", "asks for builtins.slice"),  # in one another, they overflow the C stack
+        (name("torch.storage", "_load_from_bytes") + NESTED + b"t.", "it copies its parts again and again"),
         (PERSISTENT + b"}" + text("type") + text("class") + b"s\x85R.", "a persistent object that is no class's"),
         (text("o\ns" * 10**4) + text("system") + b"\x93.", r"asks for o\\nso\\nso\S{71}, which could run code"),
         (b"K\x01", "truncated: it asks for 1 bytes at byte 4"),

@@ -16,6 +16,7 @@ from steadyflow.checkpoints.machine import Global, Machine, Record, Restored, Un
 from steadyflow.checkpoints.nodes import shown
 
 MAGIC = 0x1950A86A20F9469CFC6C  # torch's, of its legacy files
+AXES, REPEATED = 64, 2**20  # of a tensor: most axes, most numbers where strides repeat those of its storage
 STORAGES = {
     "Float": torch.float32,
     "Double": torch.float64,
@@ -85,10 +86,10 @@ class Unpickler(Machine):
             "builtins.set": lambda members=(): {self.key(member) for member in members},
             "builtins.frozenset": lambda members=(): frozenset(self.key(member) for member in members),
             "builtins.complex": complex,
-            "builtins.slice": slice,
         }
         for core in ("numpy.core", "numpy._core"):
             self.known |= {f"{core}.multiarray._reconstruct": lambda *_: _Array(), f"{core}.multiarray.scalar": _scalar}
+            self.known[f"{core}.numeric._frombuffer"] = _from_buffer
 
     def file(self) -> Any:
         """The object of a plain pickle, or of a legacy torch file.
@@ -100,7 +101,7 @@ class Unpickler(Machine):
         if not isinstance(first, int) or first != MAGIC:
             return first
         self.load(), self.load()
-        start = self.place
+        start, numbers = self.place, self.numbers
         wanted: dict[str, tuple[torch.dtype, int]] = {}
 
         def note(dtype: torch.dtype, key: str, count: int) -> None:
@@ -116,7 +117,7 @@ class Unpickler(Machine):
             if claimed != count:
                 raise Unreadable(f"damaged: storage {shown(key)} should have {count} numbers, and says {claimed}")
             self.place += count * dtype.itemsize
-        self.place, self.storages = start, lambda dtype, key, count: found[key]
+        self.place, self.numbers, self.storages = start, numbers, lambda dtype, key, count: found[key]
         return self.load()
 
     def find(self, name: str) -> Any:
@@ -129,11 +130,21 @@ class Unpickler(Machine):
         needs = "weights need no more than tensors and numbers"
         raise Unreadable(f"refused: the pickle asks for {shown(name)}, which could run code; {needs}")
 
-    def persistent(self, description: Any) -> Tensor | None:
-        kind, storage, key, _, count, *view = description
-        dtype = _storage_type(storage.name) if isinstance(storage, Global) else None
-        if kind != "storage" or dtype is None or not isinstance(key, str) or any(part is not None for part in view):
-            raise Unreadable("damaged: what stands outside the pickle is no storage")
+    def persistent(self, description: Any) -> Tensor | Global | None:
+        match description:
+            case ("module", Global() as network, _, _):  # and the text of its source, in a legacy file
+                return network
+            case ("storage", Global(name=name), str(key), _, count) | (
+                "storage",
+                Global(name=name),
+                str(key),
+                _,
+                count,
+                None,
+            ) if dtype := _storage_type(name):
+                pass
+            case _:
+                raise Unreadable("damaged: what stands outside the pickle is no storage")
         if self.storages is None:
             raise Unreadable("a plain pickle that refers to storages outside it")
         return self.storages(dtype, key, _whole([count])[0])
@@ -143,9 +154,9 @@ class Unpickler(Machine):
         if self.inside:
             raise Unreadable("refused: a pickle in a pickle in a pickle")
         reader = Unpickler(memoryview(data), inside=True)
-        reader.left, reader.numbers = self.left, self.numbers
+        reader.left, reader.numbers, reader.copies = self.left, self.numbers, self.copies
         found = reader.file()
-        self.left, self.numbers = reader.left, reader.numbers
+        self.left, self.numbers, self.copies = reader.left, reader.numbers, reader.copies
         return found
 
 
@@ -155,9 +166,9 @@ def _storage_type(name: str) -> torch.dtype | None:
 
 
 def _whole(numbers: Sequence[Any]) -> list[int]:
-    """Sizes, if that is what they are: with anything else in their place a product could take all memory."""
-    if not all(isinstance(n, int) and 0 <= n < 2**62 for n in numbers):
-        raise Unreadable("damaged: a size that is no whole number")
+    """Sizes, if that is what they are: with anything else in their place a product could take all memory or time."""
+    if len(numbers) > AXES or not all(isinstance(n, int) and 0 <= n < 2**62 for n in numbers):
+        raise Unreadable(f"damaged: a shape that is not of {AXES} whole numbers or fewer")
     return list(numbers)
 
 
@@ -177,7 +188,7 @@ def _tensor(storage: Tensor | None, offset: int, size: Any, stride: Any, *rest: 
     if not isinstance(storage, Tensor) or storage.ndim != 1 or len(size) != len(stride) or any(rest[2:]):
         raise Unreadable("damaged: a tensor of a kind that weights never have")
     last = offset + sum((n - 1) * s for n, s in zip(size, stride)) if prod(size) else offset - 1
-    if last >= len(storage) or prod(size) > len(storage):
+    if last >= len(storage) or prod(size) > max(len(storage), REPEATED):
         raise Unreadable(f"damaged: a tensor of shape {shown(tuple(size))} on a storage of {len(storage)} numbers")
     return storage.as_strided(size, stride, offset)
 
@@ -202,6 +213,13 @@ def _encoded(text: str, encoding: str) -> bytes:
 
 def _scalar(dtype: "_Dtype", data: bytes | memoryview) -> int | float:
     return np.frombuffer(data, dtype.numpy)[0].item()
+
+
+def _from_buffer(data: memoryview, dtype: "_Dtype", shape: Any, order: str) -> "_Array":
+    """How protocol 5 writes an array."""
+    array = _Array()
+    array.restore((1, shape, dtype, order == "F", data))
+    return array
 
 
 class _Dtype(Restored):
