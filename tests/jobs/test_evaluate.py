@@ -98,7 +98,8 @@ def test_mistakes(held_out: Path, tmp_path: Path, capsys: pytest.CaptureFixture[
     assert "images of different sizes" in mistake(capsys, x, f"images={tmp_path}/small")
     absent = f"features.weights={tmp_path}/absent.pt"
     line = mistake(capsys, tmp_path / "v", run, "features=inception", absent)
-    assert line.startswith(f"no metric could be had: fid: no weights at {tmp_path}/absent.pt; fetch https://")
+    assert line.startswith(f"no metric could be had: fid, kid: no weights at {tmp_path}/absent.pt; fetch https://")
+    assert line.count("fetch https://") == 1
 
 
 def test_likelihood(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:

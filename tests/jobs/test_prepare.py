@@ -127,3 +127,18 @@ def test_offline_says_what_to_put_where(tmp_path, monkeypatch, capsys):
     error = capsys.readouterr().err
     assert "put cifar-10-python.tar.gz from http://127.0.0.1:9/ in" in error
     assert error.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["dataset=image_folder"], "Missing mandatory value: dataset.path; give it as dataset.path=..."),
+        (["dataset=image_folder", "dataset.path=.", "dataset.size=x"], "size must be a whole number, got 'x'"),
+        (["dataset=none"], "dataset=none has no images"),
+    ],
+)
+def test_a_set_that_cannot_be_made_is_one_line(tmp_path, capsys, overrides, message):
+    assert prepare(tmp_path, *overrides) == 2
+    said = capsys.readouterr().err
+    assert message in said
+    assert said.count("\n") == 1

@@ -16,6 +16,7 @@ from rich.table import Table
 from steadyflow.callbacks.evaluation import Evaluation
 from steadyflow.data import open_images
 from steadyflow.jobs import likelihood, record
+from steadyflow.metrics.evaluator import grouped
 
 log = logging.getLogger(__name__)
 
@@ -50,7 +51,7 @@ def run(cfg: DictConfig) -> dict[str, Any]:
     record.write_text(directory / "metrics.json", json.dumps(results, indent=2) + "\n")
     Console().print(table(results))
     if all(value is None for key, value in results.items() if key not in ("protocol", "reason")):
-        raise ValueError("no metric could be had: " + "; ".join(f"{k}: {v}" for k, v in results["reason"].items()))
+        raise ValueError("no metric could be had: " + "; ".join(grouped(results["reason"])))
     log.info("%s", directory / "metrics.json")
     return results
 

@@ -3,6 +3,7 @@
 from typing import Any
 
 import torch
+from hydra.errors import InstantiationException
 from hydra.utils import get_object, instantiate
 from omegaconf import DictConfig
 from rich.console import Console
@@ -34,11 +35,11 @@ def run(cfg: DictConfig) -> dict[str, Any]:
     found, notes = {}, []
     for split in sorted(SPLITS, key=lambda split: split != cfg.dataset.split):
         try:
-            dataset = instantiate(cfg.dataset, _partial_=True)(split=split)  # the exception itself, not Hydra's
-        except FileNotFoundError as error:
-            if split == cfg.dataset.split:
+            dataset = instantiate(cfg.dataset, split=split)
+        except InstantiationException as error:
+            if split == cfg.dataset.split or not isinstance(error.__cause__, FileNotFoundError):
                 raise
-            notes.append(f"no {split} split: {error}")
+            notes.append(f"no {split} split: {error.__cause__}")
             continue
         if cfg.shards is not None:
             dataset = sharded(dataset, cfg.shards, cfg.batch_size, cfg.workers)
@@ -48,7 +49,7 @@ def run(cfg: DictConfig) -> dict[str, Any]:
     console = Console()
     console.print(_table(found))
     for note in notes:
-        console.print(note)
+        console.print(note, soft_wrap=True, highlight=False)  # to be copied whole
     return found
 
 

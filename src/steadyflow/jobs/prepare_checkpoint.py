@@ -67,7 +67,7 @@ def run(cfg: DictConfig) -> dict[str, Any]:
     show(console, checkpoint.name, found)
     if cfg.export is not None:
         export(node, Path(cfg.export).expanduser())
-        console.print(f"{cfg.export}: checkpoint=path checkpoint.file={cfg.export}", highlight=False)
+        console.print(f"{cfg.export}: checkpoint=path checkpoint.file={cfg.export}", soft_wrap=True, highlight=False)
     return found
 
 

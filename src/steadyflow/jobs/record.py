@@ -115,9 +115,10 @@ def claim(
                 f"cannot write to {directory} ({error.strerror}); set hydra.run.dir to a folder you can write to"
             ) from None
     if differing:
+        more = f" and {len(differing) - 12} more" if len(differing) > 12 else ""
         raise ValueError(
-            f"{directory} holds a run with another config: {', '.join(differing)}; choose another hydra.run.dir, or "
-            f"continue that run as it was with resume={directory}"
+            f"{directory} holds a run with another config: {', '.join(differing[:12])}{more}; choose "
+            f"another hydra.run.dir, or continue that run as it was with resume={directory}"
         )
     return used
 

@@ -196,8 +196,14 @@ def excused(name: str, reasons: dict[str, str], active: dict[str, EvaluationMetr
 
 def warn(reasons: dict[str, str]) -> None:
     """Logs why there are metrics that cannot be had, a line for each reason."""
-    for reason in dict.fromkeys(reasons.values()):
-        log.warning("%s: %s", ", ".join(name for name, why in reasons.items() if why == reason), reason)
+    for line in grouped(reasons):
+        log.warning("%s", line)
+
+
+def grouped(reasons: dict[str, str]) -> list[str]:
+    """`names: reason`, each reason once."""
+    whose = {reason: [name for name, why in reasons.items() if why == reason] for reason in reasons.values()}
+    return [f"{', '.join(names)}: {reason}" for reason, names in whose.items()]
 
 
 def agreed(reasons: dict[str, str]) -> dict[str, str]:
