@@ -1,5 +1,6 @@
 """Checkpoints on disk: what is saved comes back bit for bit, and whatever is damaged or hostile is refused by name."""
 
+import datetime
 import hashlib
 import json
 import pickle
@@ -284,6 +285,37 @@ def test_a_wrong_config_is_one_line_with_the_nearest_name(saved: Path, entries: 
     with pytest.raises(ValueError, match=message) as caught:
         load(saved)
     assert "\n" not in str(caught.value)
+
+
+LISTS = "x0: &x0 [1]\n" + "".join(f"x{k + 1}: &x{k + 1} [{9 * f'*x{k}, '}]\n" for k in range(9))
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (LISTS, "repeats its parts, or itself, until it holds more than 65536"),
+        ("a: &a [*a]", "repeats its parts, or itself"),
+        ("a: &a {b: 1}\nc: {<<: [*a, *a]}", "is no YAML: could not determine .* merge"),
+        ("a: " + "[" * 1000, "is no YAML: maximum recursion depth"),
+        ("a: 2001-99-99", "is no YAML: month must be in"),
+        ("a: 1\n" * 10**5, "50000. characters, which is no YAML of a checkpoint's: 131072 at most"),
+        ("a: !!python/name:os.system", "is no YAML: could not determine"),
+    ],
+)
+@pytest.mark.parametrize("name", ["config.yaml", "card.md"])
+def test_yaml_that_takes_all_memory_or_time_is_one_line(text: str, message: str, name: str, saved: Path) -> None:
+    (saved / name).write_text(text if name == "config.yaml" else f"---\n{text}\n---\n")
+    with pytest.raises(ValueError, match=message) as caught:
+        load(saved)
+    assert str(caught.value).startswith(str(saved / name))
+    assert str(caught.value).isprintable()
+
+
+@pytest.mark.parametrize("value", [datetime.date(2026, 1, 1), {1: 2, "a": 3}, {"a"}])
+def test_a_config_is_plain_data(value: object, saved: Path) -> None:
+    edit(saved, rehash=False, num_classes=value)
+    with pytest.raises(ValueError, match=r"config.yaml must hold plain data \("):
+        load(saved)
 
 
 def test_a_config_does_not_build_without_end(saved: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from steadyflow.checkpoints.formats import Converted, check_sizes
-from steadyflow.checkpoints.nodes import build, nearest
+from steadyflow.checkpoints.nodes import build, nearest, read_yaml, shown
 from steadyflow.checkpoints.weights import read_weights, write_weights
 from steadyflow.data.image_writing import whole_file
 from steadyflow.data.images import sha256_of
@@ -129,7 +129,7 @@ def load_parts(directory: Path, sha256: str | None, trusted: Collection[str]) ->
     for expected, source in ((config["sha256"], CONFIG), (sha256, "the caller")):
         if expected is not None and found != expected:
             raise ValueError(
-                f"{file} is truncated or edited: {source} expects sha256 {expected}, found {found} "
+                f"{file} is truncated or edited: {source} expects sha256 {shown(expected)}, found {found} "
                 f"({file.stat().st_size} bytes); fetch or save it again"
             )
     try:
@@ -226,22 +226,24 @@ def _check_kind(value: object, config: Mapping[str, Any], key: str, where: str, 
 
 def _read_config(file: Path) -> dict[str, Any]:
     """config.yaml, its entries complete and as they were saved."""
-    try:
-        config = yaml.safe_load(file.read_text())
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ValueError(f"{file} is no YAML: {' '.join(str(error).split())}") from error
+    config = read_yaml(file.read_text(errors="replace"), file)
     if not isinstance(config, dict):
         raise ValueError(f"{file} must hold a mapping with {', '.join(ENTRIES)}")
     unknown = [str(key) for key in config if key not in ENTRIES]
     if missing := [key for key in ENTRIES if key not in config]:
-        raise ValueError(f"{file} lacks {missing[0]!r}" + (f", and has {unknown[0]!r} instead" if unknown else ""))
+        raise ValueError(
+            f"{file} lacks {missing[0]!r}" + (f", and has {shown(repr(unknown[0]))} instead" if unknown else "")
+        )
     if unknown:
-        raise ValueError(f"{file} has the unknown entry {unknown[0]!r}{nearest(unknown[0], ENTRIES)}")
-    found = _config_hash(config)
+        raise ValueError(f"{file} has the unknown entry {shown(repr(unknown[0]))}{nearest(unknown[0], ENTRIES)}")
+    try:
+        found = _config_hash(config)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{file} must hold plain data (dict, list, str, number, bool, None): {error}") from error
     if found != config["config_sha256"]:
         raise ValueError(
-            f"{file} is truncated or edited: its config_sha256 is {config['config_sha256']}, found {found}; if the "
-            "edit is yours, put the hash found in its place"
+            f"{file} is truncated or edited: its config_sha256 is {shown(config['config_sha256'])}, found {found}; if "
+            "the edit is yours, put the hash found in its place"
         )
     return config
 
@@ -292,11 +294,7 @@ def _render(front: str, card: Mapping[str, Any]) -> str:
 
 def read_card(file: Path) -> dict[str, Any]:
     """The front matter of card.md; empty where there is none, since a card is only read by people."""
-    front = re.match(r"---\n(.*?)^---$", file.read_text(), re.DOTALL | re.MULTILINE) if file.is_file() else None
-    if front is None:
-        return {}
-    try:
-        card = yaml.safe_load(front[1])
-    except yaml.YAMLError as error:
-        raise ValueError(f"{file}: its front matter is no YAML: {' '.join(str(error).split())}") from error
+    text = file.read_text(errors="replace") if file.is_file() else ""
+    front = re.match(r"---\n(.*?)^---$", text, re.DOTALL | re.MULTILINE)
+    card = read_yaml(front[1], f"{file}: its front matter") if front else None
     return card if isinstance(card, dict) else {}

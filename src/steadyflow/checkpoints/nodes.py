@@ -5,8 +5,12 @@ import importlib
 import inspect
 from collections.abc import Collection
 from itertools import islice
+from pathlib import Path
 from typing import Any
 
+import yaml
+
+LETTERS, PLACES = 2**17, 2**16  # that a file of YAML may have, and hold: ours have thousands, and a hundred
 TRUSTED = ("steadyflow.networks", "steadyflow.paths", "steadyflow.diffusions", "steadyflow.denoisers")
 
 
@@ -21,6 +25,36 @@ def shown(value: object, limit: int = 80) -> str:
     text = (value if isinstance(value, str) else repr(value))[: limit + 1]
     text = text if text.isprintable() else ascii(text)[1:-1]
     return text if len(text) <= limit else f"{text[: limit - 3]}..."
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML without merged keys (<<), of which ten lines can hold billions."""
+
+    def flatten_mapping(self, node: yaml.MappingNode) -> None:
+        pass
+
+
+def read_yaml(text: str, where: str | Path) -> Any:
+    """What YAML holds, as plain data that can be written out: no more than PLACES, however often it repeats its parts.
+
+    Raises:
+        ValueError: it is none, or holds more.
+    """
+    if len(text) > LETTERS:
+        raise ValueError(f"{where} has {len(text)} characters, which is no YAML of a checkpoint's: {LETTERS} at most")
+    try:
+        found = yaml.load(text, _Loader)
+    except Exception as error:  # YAMLError; of a date or number that is none, of lists in lists without end: others
+        raise ValueError(f"{where} is no YAML: {shown(' '.join(str(error).split()), 300)}") from error
+    left, rest = PLACES, [found]
+    while rest:
+        value = rest.pop()
+        parts = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
+        left -= len(parts)
+        if left < 0:
+            raise ValueError(f"{where} repeats its parts, or itself, until it holds more than {PLACES}")
+        rest += parts
+    return found
 
 
 def build(node: Any, where: str, trusted: Collection[str] | None = (), **given: Any) -> Any:
@@ -47,7 +81,7 @@ def build(node: Any, where: str, trusted: Collection[str] | None = (), **given: 
         if key == "_target_":
             continue
         if key in given or key not in known:
-            raise ValueError(f"{where}: {node['_target_']} takes no {key!r} here{nearest(str(key), known)}")
+            raise ValueError(f"{where}: {node['_target_']} takes no {shown(repr(key))} here{nearest(str(key), known)}")
         nested = isinstance(value, dict) and "_target_" in value
         arguments[key] = build(value, f"{where}.{key}", trusted) if nested else value
     required = {k for k, p in known.items() if p.default is p.empty and p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)}
@@ -67,15 +101,15 @@ def _resolve(target: str, where: str, trusted: Collection[str] | None) -> type:
         hint = nearest(target, [f"{prefix}.{name}" for prefix in TRUSTED for name in _classes(prefix)])
         prefix = module.partition(".")[0] or target
         raise ValueError(
-            f"{where}: _target_ {target} is outside {', '.join(TRUSTED)}{hint or ';'} if the class is yours, or you "
-            f"trust whoever wrote it, load with trusted=['{prefix}']"
+            f"{where}: _target_ {shown(target)} is outside {', '.join(TRUSTED)}{hint or ';'} if the class is yours, or "
+            f"you trust whoever wrote it, load with trusted=['{shown(prefix)}']"
         )
     try:
         found = getattr(importlib.import_module(module), name, None)
     except ModuleNotFoundError as error:
-        raise ValueError(f"{where}: _target_ {target} cannot be found: {error}") from error
+        raise ValueError(f"{where}: _target_ {shown(target)} cannot be found: {shown(str(error))}") from error
     if not isinstance(found, type) or not _is_trusted(found.__module__, trusted):
-        raise ValueError(f"{where}: {module} has no class {name!r}{nearest(name, _classes(module))}")
+        raise ValueError(f"{where}: {module} has no class {shown(repr(name))}{nearest(name, _classes(module))}")
     return found
 
 

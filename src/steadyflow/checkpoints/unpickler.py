@@ -131,17 +131,11 @@ class Unpickler(Machine):
         raise Unreadable(f"refused: the pickle asks for {shown(name)}, which could run code; {needs}")
 
     def persistent(self, description: Any) -> Tensor | Global | None:
-        match description:
+        known = isinstance(description, tuple) and len(description) < 7 and description[5:] in ((), (None,))
+        match description[:5] if known else ():
             case ("module", Global() as network, _, _):  # and the text of its source, in a legacy file
                 return network
-            case ("storage", Global(name=name), str(key), _, count) | (
-                "storage",
-                Global(name=name),
-                str(key),
-                _,
-                count,
-                None,
-            ) if dtype := _storage_type(name):
+            case ("storage", Global(name=name), str(key), _, count) if dtype := _storage_type(name):
                 pass
             case _:
                 raise Unreadable("damaged: what stands outside the pickle is no storage")
