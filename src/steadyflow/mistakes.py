@@ -123,7 +123,8 @@ def explain_composition(
         text = str(error) or str(error.__cause__ or error.__class__.__name__)
         if found := re.search(r"Could not (?:override|delete(?: from config)?\.?) '([^']+)'", text):
             if hint := re.search(r"Did you mean to override (\S+)\?", text):
-                return f"no group '{found[1]}' in this config. Did you mean {hint[1]}?"
+                adds = f" (+{found[1]}=... adds it.)" if "@" in found[1] else ""
+                return f"no group '{found[1]}' in this config. Did you mean {hint[1]}?{adds}"
             return _explain_key(found[1], overrides, config_name, configs, config_dir)
         if isinstance(error.__cause__, OmegaConfBaseException) and str(error):
             return f"{_flat(error)} ({_flat(error.__cause__)})"

@@ -281,6 +281,8 @@ def test_nan_is_located_and_what_was_finished_kept(tmp_path, monkeypatch, capsys
         (["batch_size=0"], "batch_size must be at least 1, got 0"),
         (["seed=-1"], "the seed and the sample indices must lie in [0, 2^64), got -1"),
         (["trainer.precision=17"], "17"),
+        (["classifier=x"], "classifier=x is no group; choose it by +checkpoint@classifier=x"),
+        (["checkpoint@classifier=path"], "Did you mean checkpoint? (+checkpoint@classifier=... adds it.)"),
         (["format=jpg"], "format must be npz or png, got 'jpg'"),
         (["dataset=mnist", "data_dir=nowhere", "checkpoint=digits32"], "nowhere"),
         (["checkpoint=path", "checkpoint.file=nowhere"], "nowhere"),

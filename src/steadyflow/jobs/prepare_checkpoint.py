@@ -192,6 +192,11 @@ def list_public(console: Console, data_dir: str) -> dict[str, Any]:
         cells = (source.card.get(key) for key in ("resolution", "classes", "path", "fid", "licence"))
         table.add_row(source.name, *("" if cell is None else str(cell) for cell in cells), state)
     Console(width=max(console.width, 100)).print(table)
+    console.print(
+        "here: yes, converted; files, converted at first use; fetch, `prepare checkpoint=NAME` does; by hand, it says "
+        "where to put what",
+        highlight=False,
+    )
     return states
 
 

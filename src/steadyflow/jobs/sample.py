@@ -54,9 +54,17 @@ def run(cfg: DictConfig) -> dict[str, Any]:
     if dataset is not None:
         checkpoint.check(dataset.shape, dataset.name)
     index = torch.arange(cfg.num_samples)
+    if isinstance(cfg.classifier, str):
+        raise ValueError(
+            f"classifier={cfg.classifier} is no group; choose it by +checkpoint@classifier={cfg.classifier}"
+        )
     guide: Checkpoint | None = instantiate(cfg.classifier)
-    if guide is not None:
-        guide.check(checkpoint.shape, f"of checkpoint {checkpoint.name}")
+    classifier = None if guide is None else guide.classifier
+    if guide is not None and guide.shape != checkpoint.shape:
+        raise ValueError(
+            f"classifier {guide.name} reads images of shape {guide.shape}, but checkpoint {checkpoint.name} makes "
+            f"{checkpoint.shape}; choose a classifier trained at its resolution"
+        )
     num_classes = checkpoint.num_classes or (guide.num_classes if guide else 0)
     label = class_labels(cfg.label, index, num_classes, cfg.seed)
     check_null(checkpoint, label, cfg.guidance_scale)
@@ -77,7 +85,7 @@ def run(cfg: DictConfig) -> dict[str, Any]:
         batch_size=cfg.batch_size,
         guidance_scale=cfg.guidance_scale,
         num_classes=checkpoint.num_classes,
-        classifier=guide.classifier if guide else None,
+        classifier=classifier,
         classifier_scale=cfg.classifier_scale,
     )
     draw = partial(
