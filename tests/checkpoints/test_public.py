@@ -35,12 +35,14 @@ DATA = bytes(range(256)) * 5000  # 1.28 MB: more than one chunk
 class Server(ThreadingHTTPServer):
     """Serves `data` with ranges; `breaks` cuts the next answers off after so many bytes.
 
-    One that is not `careful` sends the rest of another version too; `shift` moves what it sends of a range.
+    One that is not `careful` sends the rest of another version too; `shift` moves what it sends of a range, of which
+    it sends so many bytes at `most`.
     """
 
     def __init__(self) -> None:
         super().__init__(("127.0.0.1", 0), Handler)
         self.data, self.version, self.careful, self.shift = DATA, {"ETag": '"1"'}, True, 0
+        self.most: int | None = None
         self.kind, self.redirect = "application/octet-stream", ""
         self.breaks: list[int] = []
         self.ranges: list[str | None] = []
@@ -59,6 +61,9 @@ class Handler(BaseHTTPRequestHandler):
         if "none" in self.path:
             self.send_error(404)
             return
+        if "busy" in self.path:
+            self.send_error(503)
+            return
         if self.server.redirect:
             self.send_response(302)
             self.send_header("Location", self.server.redirect)
@@ -72,7 +77,7 @@ class Handler(BaseHTTPRequestHandler):
         if start:
             where = f"{start + self.server.shift}-{size - 1}" if start < size else "*"
             self.send_header("Content-Range", f"bytes {where}/{size}")
-        body = self.server.data[start + self.server.shift * (start > 0) :]
+        body = self.server.data[start + self.server.shift * (start > 0) :][: self.server.most if start else None]
         for name, value in (self.server.version | {"Content-Type": self.server.kind}).items():
             self.send_header(name, value)
         self.send_header("Content-Length", str(len(body)))
@@ -100,16 +105,20 @@ def test_a_broken_download_goes_on_where_it_broke(server: Server, tmp_path: Path
     with pytest.raises(ValueError, match=r"truncated download of .*: 1100000 of 1280000 bytes are here; .* goes on"):
         download(server.url, file)
     assert not file.exists()
+    server.most = 50_000
+    with pytest.raises(ValueError, match="1150000 of 1280000 bytes are here"):
+        download(server.url, file)
+    server.most = None
     download(server.url, file, lambda have, total: seen.append((have, total)))
     assert file.read_bytes() == DATA
-    assert server.ranges == [None, "bytes=1100000-"]
+    assert server.ranges == [None, "bytes=1100000-", "bytes=1150000-"]
     assert seen[-1] == (1280000, 1280000)
     assert {p.name for p in file.parent.iterdir()} == {"weights.pt", ".lock"}
     file.rename(file.with_name("weights.pt.part"))  # killed when all of it was there
     file.with_name("weights.pt.version").write_text('"1"')
     download(server.url, file)
     assert file.read_bytes() == DATA
-    assert server.ranges[2:] == ["bytes=1280000-"]
+    assert server.ranges[3:] == ["bytes=1280000-"]
 
 
 @pytest.mark.parametrize(
@@ -145,8 +154,12 @@ def test_what_came_wrong_does_not_stay(server: Server, tmp_path: Path) -> None:
     server.data, server.kind = b"<html>log in</html>", "text/html; charset=utf-8"
     with pytest.raises(ValueError, match=rf"answers with a web page; fetch the file by hand to {tmp_path}/it"):
         download(server.url, tmp_path / "it", None, right)
-    assert [p.name for p in tmp_path.iterdir()] == [".lock"]
     server.data, server.kind = DATA, "text/plain"
+    server.version["Content-Encoding"] = "gzip"
+    with pytest.raises(ValueError, match=rf"answers in gzip, unasked; fetch the file by hand to {tmp_path}/it"):
+        download(server.url, tmp_path / "it", None, right)
+    assert [p.name for p in tmp_path.iterdir()] == [".lock"]
+    del server.version["Content-Encoding"]
     download(server.url, tmp_path / "it", None, right)
 
 
@@ -163,6 +176,10 @@ def test_only_one_process_fetches_into_a_folder(server: Server, tmp_path: Path) 
 
 
 def test_https_is_not_left(server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    server.redirect = "ftp://127.0.0.1:9/there"
+    with pytest.raises(ValueError, match=r"redirects to ftp://\S+/there, which is not http: it is not followed"):
+        download(server.url, tmp_path / "it")
+
     class Plain(http.client.HTTPConnection):  # https in name: a certificate is not what is tested
         def __init__(self, host: str, timeout: float, **_: Any) -> None:
             super().__init__(host, timeout=timeout)
@@ -171,11 +188,13 @@ def test_https_is_not_left(server: Server, tmp_path: Path, monkeypatch: pytest.M
     server.redirect = server.url + "/there"
     with pytest.raises(ValueError, match=r"https://\S+ redirects to http://\S+/there, which is not https"):
         download(server.url.replace("http", "https"), tmp_path / "it")
-    assert len(server.ranges) == 1
+    assert len(server.ranges) == 2
 
 
 def test_without_a_connection_the_file_to_put_is_named(server: Server, tmp_path: Path) -> None:
-    for url, said in ((server.url + "/none", "answers 404"), ("http://127.0.0.1:9/weights.pt", "cannot reach")):
+    refusals = {"none": "answers 404", "busy": "answers 503 Service Unavailable; try again later; without"}
+    known = [(f"{server.url}/{name}", said) for name, said in refusals.items()]
+    for url, said in (*known, ("http://127.0.0.1:9/weights.pt", "cannot reach")):
         with pytest.raises(FileNotFoundError, match=rf"{said}.* put {url} at {tmp_path}/it"):
             download(url, tmp_path / "it")
 

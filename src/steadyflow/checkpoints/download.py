@@ -11,6 +11,7 @@ from http.client import HTTPException, HTTPMessage
 from pathlib import Path
 from typing import Any
 
+from steadyflow.checkpoints.nodes import shown
 from steadyflow.data.image_writing import whole_file
 from steadyflow.data.images import sha256_of
 
@@ -44,11 +45,13 @@ def download(
             while not _fetch(url, part, version, progress):
                 part.unlink()  # nothing can be joined to it
         except urllib.error.HTTPError as error:
-            raise FileNotFoundError(f"{url} answers {error.code} {error.reason}; {by_hand(url, file)}") from error
+            said = f"{error.code} {shown(error.reason, 200)}"
+            then = "try again later; " if error.code == 429 or error.code >= 500 else ""  # it is busy, or broken
+            raise FileNotFoundError(f"{url} answers {said}; {then}{by_hand(url, file)}") from error
         except (OSError, HTTPException) as error:
             if part.exists() and part.stat().st_size:
-                raise ValueError(_broken(url, part, version, f"bytes are here ({error})")) from error
-            raise FileNotFoundError(f"cannot reach {url} ({error}); {by_hand(url, file)}") from error
+                raise ValueError(_broken(url, part, version, f"bytes are here ({shown(str(error), 200)})")) from error
+            raise FileNotFoundError(f"cannot reach {url} ({shown(str(error), 200)}); {by_hand(url, file)}") from error
         wrong = _compare(part, file, sha256, md5)[1]
         if wrong:
             part.unlink()
@@ -73,16 +76,17 @@ def _fetch(url: str, part: Path, version: Path, progress: Progress | None) -> bo
     with answer:
         if answer.headers.get_content_type() == "text/html":
             raise ValueError(f"{url} answers with a web page; fetch the file by hand to {part.with_suffix('')}")
+        if (encoding := answer.headers["Content-Encoding"] or "identity") != "identity":
+            raise ValueError(f"{url} answers in {encoding}, unasked; fetch the file by hand to {part.with_suffix('')}")
+        span = answer.headers["Content-Range"] or ""  # as bytes 5-9/10
         if answer.status != 206:
             have = 0
         elif not have:
             raise HTTPException("it sends a part, asked for the whole")
-        else:
-            begins = (answer.headers["Content-Range"] or "").startswith(f"bytes {have}-")
-            if not begins or _version(answer.headers) not in ("", of):  # some servers do not know If-Range
-                return False
-        length = answer.headers["Content-Length"]
-        total = have + int(length) if length else None
+        elif not span.startswith(f"bytes {have}-") or _version(answer.headers) not in ("", of):
+            return False  # some servers do not know If-Range
+        whole = span.rpartition("/")[2]
+        total = int(whole) if whole.isdecimal() else None if answer.length is None else have + answer.length
         with part.open("ab" if have else "wb") as stream:
             if not have:  # after the old part is gone
                 version.write_text(_version(answer.headers))
@@ -97,13 +101,13 @@ def _fetch(url: str, part: Path, version: Path, progress: Progress | None) -> bo
 
 
 class _Redirects(urllib.request.HTTPRedirectHandler):
-    """Redirections, but none from https to a connection that anybody between can read and change."""
+    """Redirections to the web, and none from https to a connection that anybody between can read and change."""
 
     def redirect_request(
         self, req: urllib.request.Request, fp: Any, code: int, msg: str, headers: HTTPMessage, newurl: str
     ) -> urllib.request.Request | None:
-        if req.type == "https" and not newurl.startswith("https://"):
-            raise ValueError(f"{req.full_url} redirects to {newurl}, which is not https: it is not followed")
+        if not newurl.startswith(("https://",) if req.type == "https" else ("https://", "http://")):
+            raise ValueError(f"{req.full_url} redirects to {newurl}, which is not {req.type}: it is not followed")
         return super().redirect_request(req, fp, code, msg, headers, newurl)
 
 
