@@ -262,13 +262,14 @@ def _check_state(network: nn.Module, state: Mapping[str, Tensor], where: str) ->
         raise ValueError(f"{where}: {len(missing)} weights are missing, first {missing[0]}{nearest(missing[0], state)}")
     if unexpected:
         first = unexpected[0]
-        raise ValueError(f"{where}: {len(unexpected)} weights are unexpected, first {first}{nearest(first, wanted)}")
+        near = nearest(first, wanted)
+        raise ValueError(f"{where}: {len(unexpected)} weights are unexpected, first {shown(first)}{near}")
     for key, value in wanted.items():
         kind = state[key].dtype if isinstance(state[key], Tensor) else type(state[key]).__name__
         if isinstance(kind, str) or kind.is_floating_point != value.is_floating_point():
             raise ValueError(f"{where}: weight {key} is of {kind}, the network of config.yaml has {value.dtype}")
         if state[key].shape != value.shape:
-            found, expected = tuple(state[key].shape), tuple(value.shape)
+            found, expected = shown(tuple(state[key].shape)), tuple(value.shape)
             raise ValueError(f"{where}: weight {key} has shape {found}, the network of config.yaml has {expected}")
 
 

@@ -17,7 +17,7 @@ TRUSTED = ("steadyflow.networks", "steadyflow.paths", "steadyflow.diffusions", "
 def nearest(word: str, known: Collection[str]) -> str:
     """'; did you mean ...?' with the known word nearest to `word`, or nothing."""
     near = difflib.get_close_matches(word, list(islice(known, 10_000)), n=1, cutoff=0.5)  # a file may have millions
-    return f"; did you mean {near[0]}?" if near else ""
+    return f"; did you mean {shown(near[0])}?" if near else ""
 
 
 def shown(value: object, limit: int = 80) -> str:

@@ -94,7 +94,8 @@ def _records(file: Path, data: memoryview) -> tuple[memoryview, dict[str, memory
             raise Unreadable(f"truncated: {shown(entry.filename)} in it ends at byte {begin + entry.file_size}")
         found[entry.filename.partition("/")[2]] = data[begin : begin + entry.file_size]
     if "data.pkl" not in found:
-        raise Unreadable(f"a zip without data.pkl, so none of torch's; it has {shown(', '.join(sorted(found)))}")
+        names = shown(", ".join(sorted(entry.filename for entry in entries)))
+        raise Unreadable(f"a zip without data.pkl, so none of torch's; it has {names}")
     if found.get("byteorder", data[:0]).tobytes() == b"big":
         raise Unreadable("numbers in big-endian order; save it again on a little-endian machine")
     return found["data.pkl"], {key.removeprefix("data/"): part for key, part in found.items()}
