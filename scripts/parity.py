@@ -3,10 +3,10 @@
     python scripts/parity.py ORIGINALS [--only NAME ...] [--float64]
 
 ORIGINALS is a folder with the original repositories, each under its own name (git clone): guided-diffusion,
-improved-diffusion, pytorch_diffusion, ddim, flow_matching. A row builds the original network, fills it with random
-weights, saves it as its authors do, reads that file with this project's format, and compares outputs: max |ours -
-theirs| / max |theirs|, over the batch. Large networks are compared on images as small as they take. A row whose
-repository is absent says so.
+improved-diffusion, consistency_models, pytorch_diffusion, ddim, flow_matching. A row builds the original network, fills
+it with random weights, saves it as its authors do, reads that file with this project's format, and compares outputs:
+max |ours - theirs| / max |theirs|, over the batch. Large networks are compared on images as small as they take. A row
+whose repository is absent says so. For flash_attn, which consistency_models needs, torch's own attention stands in.
 
 --float64 repeats the comparison in double precision. The originals compute the sinusoidal features of the time, and
 some their norms, in single precision always: for this, they are given the features in double, and `.float()` is undone.
@@ -26,7 +26,7 @@ from unittest.mock import patch
 import torch
 from torch import Tensor, nn
 
-from steadyflow.checkpoints.formats import Converted, adm, adm_classifier, ddpm, flow_matching
+from steadyflow.checkpoints.formats import Converted, adm, adm_classifier, consistency, ddpm, flow_matching
 from steadyflow.checkpoints.nodes import build
 
 Call = Callable[[nn.Module, Tensor, Tensor, Tensor | None], Tensor]
@@ -157,6 +157,48 @@ def classifier_rows() -> Iterator[Row]:
         yield Row("adm_classifier", name, folder, original, read, size, labels=False, double_time=ADM_TIME)
 
 
+class FlashAttention(nn.Module):
+    """qkv (B, L, 3, heads, C) -> (B, L, heads, C), as flash_attn's."""
+
+    def __init__(self, **_: Any):
+        super().__init__()
+
+    def forward(self, qkv: Tensor, **_: Any) -> tuple[Tensor, None]:
+        q, k, v = qkv.permute(2, 0, 3, 1, 4)
+        return nn.functional.scaled_dot_product_attention(q, k, v).transpose(1, 2), None
+
+
+def consistency_rows() -> Iterator[Row]:
+    known: dict[str, tuple[int, dict]] = {
+        "ImageNet 64 (CD, CT, EDM)": (64, {"model_channels": 192, "num_res_blocks": 3, "channel_mult": (1, 2, 3, 4)}),
+        "LSUN 256 (CD, CT, EDM)": (256, {"num_res_blocks": 2, "channel_mult": (1, 1, 2, 2, 4, 4)}),
+    }
+    for name, (size, flags) in known.items():
+
+        def original(size: int = size, flags: dict = flags) -> nn.Module:
+            stand_in = ModuleType("flash_attn.flash_attention")
+            stand_in.FlashAttention = FlashAttention  # type: ignore[attr-defined]
+            sys.modules |= {"flash_attn": ModuleType("flash_attn"), stand_in.__name__: stand_in}
+            from cm.unet import UNetModel
+
+            options = {"model_channels": 256, "num_classes": 1000 if size == 64 else None} | flags
+            options |= {"use_scale_shift_norm": size == 64, "resblock_updown": True, "num_head_channels": 64}
+            attends = tuple(size // height for height in (32, 16, 8))
+            return UNetModel(size, 3, out_channels=3, attention_resolutions=attends, **options)
+
+        def rescaled(network: nn.Module, x: Tensor, t: Tensor, label: Tensor | None) -> Tensor:
+            return network(x, 1000 * t) if label is None else network(x, 1000 * t, label)
+
+        def read(file: Path, size: int = size) -> Converted:
+            return consistency.read(file, size)
+
+        time = {"cm.unet:timestep_embedding": sinusoids(True, False)}
+        noises = (-1.55, 0.0, 1.09)  # log(rho) / 4 of 0.002, 1 and 80
+        yield Row(
+            "consistency", name, "consistency_models", original, read, 64, call=rescaled, times=noises, double_time=time
+        )
+
+
 # ---------------------------------------------------------------------------- pytorch_diffusion and DDIM (DDPM)
 
 DDPM_TIME = sinusoids(False, True)
@@ -242,7 +284,10 @@ def flow_matching_rows() -> Iterator[Row]:
 
 # ---------------------------------------------------------------------------- the table
 
-ROWS: list[Callable[[], Iterator[Row]]] = [adm_rows, improved_rows, classifier_rows, ddpm_rows, flow_matching_rows]
+ROWS: list[Callable[[], Iterator[Row]]] = [
+    *(adm_rows, improved_rows, classifier_rows, consistency_rows),
+    *(ddpm_rows, flow_matching_rows),
+]
 
 
 def compare(row: Row, double: bool) -> tuple[int, list[float]]:

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from steadyflow.checkpoints.formats import adm, adm_classifier, flow_matching
+from steadyflow.checkpoints.formats import adm, adm_classifier, consistency, flow_matching
 from steadyflow.checkpoints.nodes import build
 from steadyflow.networks import NoisyClassifier, UNet
 
@@ -153,6 +153,32 @@ def test_flow_matching_time_and_velocity_run_to_the_noise(name: str, tmp_path: P
     with torch.no_grad():
         velocity = network(x, (1 - t).float(), **label)  # of theirs, x_0 - eps: x_0 = x + t velocity
         torch.testing.assert_close(denoiser(x, 1 - t, t, **label), x + t.float()[:, None, None, None] * velocity)
+
+
+def test_a_consistency_model_is_the_identity_at_its_least_noise_and_its_teacher_is_edm(tmp_path: Path) -> None:
+    network = ours("adm")
+    network.load_state_dict(network.state_dict() | {"head.weight": network.head.weight[:3].repeat(2, 1, 1, 1)})
+    state = theirs(network, True)
+    for key in ("out.2.weight", "out.2.bias"):
+        state[key] = state[key][:3]
+    torch.save(state, tmp_path / "model.pt")
+    x, label = torch.randn(2, 3, 16, 16), torch.tensor([2, 0])
+    rho, alpha = torch.tensor([0.002, 3.0], dtype=torch.float64), torch.tensor([1.0, 1.0], dtype=torch.float64)
+    made = {}
+    for distilled in (True, False):
+        converted = consistency.read(tmp_path / "model.pt", 16, head_channels=16, distilled=distilled)
+        again, path = (build(converted.nodes[part], "test") for part in ("network", "path"))
+        again.load_state_dict(converted.state)
+        denoiser = build(converted.nodes["denoiser"], "test", network=again.eval(), path=path)
+        with torch.no_grad():
+            made[distilled] = denoiser(x, alpha, rho, label=label)
+            output = again(x / torch.sqrt(rho**2 + 0.25).float()[:, None, None, None], rho.log().float() / 4, label)
+    assert torch.equal(made[True][0], x[0])
+    skip, out = 0.25 / (2.998**2 + 0.25), 2.998 * 0.5 / math.sqrt(9.25)
+    torch.testing.assert_close(made[True][1], skip * x[1] + out * output[1])
+    skip, out = 0.25 / 9.25, 3 * 0.5 / math.sqrt(9.25)
+    torch.testing.assert_close(made[False][1], skip * x[1] + out * output[1])
+    assert again.conditioning.features.scale == 1000
 
 
 def test_indices_are_the_networks_times_and_its_schedules_the_originals(tmp_path: Path) -> None:

@@ -5,6 +5,7 @@ from steadyflow.denoisers.denoiser import CountedDenoiser, Denoiser
 from steadyflow.denoisers.exact import Empirical, Gaussian, GaussianMixture
 from steadyflow.denoisers.linear import DenoiserNoise, MixtureNoise, NetworkNoise, NoiseModel, VelocityNoise
 from steadyflow.denoisers.network import (
+    ConsistencyDenoiser,
     EDMDenoiser,
     EpsDenoiser,
     NetworkDenoiser,
@@ -17,6 +18,7 @@ from steadyflow.denoisers.photographs import Photographs
 from steadyflow.denoisers.pullback import denoise_and_pull
 
 __all__ = [
+    "ConsistencyDenoiser",
     "CountedDenoiser",
     "Denoiser",
     "DenoiserNoise",

@@ -211,6 +211,36 @@ class EDMDenoiser(NetworkDenoiser):
         return combine((1 - a * alpha) / b, x0, -a * sigma / b, eps)
 
 
+class ConsistencyDenoiser(EDMDenoiser):
+    """A consistency function: with rho, y and c_in, c_noise of EDM preconditioning,
+
+        f = c_skip y + c_out F(c_in y, c_noise)
+        c_skip = s^2 / ((rho - m)^2 + s^2),  c_out = (rho - m) s / sqrt(rho^2 + s^2)
+
+    is not E[x_0 | x] but where the probability flow through x ends, at noise m, and so f = y at rho = m. Samplers that
+    take it for a denoiser make images, but theirs are those of sampler=consistency.
+    Source: Song et al. 2023 (consistency models), Eq. 5 and Appendix C.
+
+    Args:
+        network, path, sigma_data: see EDMDenoiser.
+        sigma_min: m, as a ratio of noise to signal; smaller ones are taken for it.
+
+    Raises:
+        ValueError: sigma_data <= 0 or sigma_min < 0.
+    """
+
+    def __init__(self, network: nn.Module, path: GaussianPath, sigma_data: float = 0.5, sigma_min: float = 0.002):
+        super().__init__(network, path, sigma_data)
+        if sigma_min < 0:
+            raise ValueError(f"need sigma_min >= 0, got {sigma_min}")
+        self.sigma_min = float(sigma_min)
+
+    def weights(self, t: Tensor, alpha: Tensor, sigma: Tensor) -> tuple[Tensor, Tensor]:
+        noise = (sigma - alpha * self.sigma_min).clamp(min=0)
+        skip = alpha * (self.sigma_data / torch.hypot(noise, alpha * self.sigma_data)) ** 2
+        return skip, noise * self.sigma_data / torch.hypot(sigma, alpha * self.sigma_data)
+
+
 def call(network: nn.Module, x: Tensor, t: Tensor, **condition: Tensor) -> Tensor:
     """network(x (B, *S), t (B,)) -> (B, *S) in the network's precision, t () or (B,); a variance is left out."""
     return call_whole(network, x, t, **condition).narrow(1, 0, x.shape[1])

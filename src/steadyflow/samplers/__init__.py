@@ -1,5 +1,6 @@
 """Samplers: noise in, samples of the data distribution out, by calling a denoiser. One class per method."""
 
+from steadyflow.samplers.consistency import Consistency
 from steadyflow.samplers.ddim import DDIM
 from steadyflow.samplers.ddpm import DDPM
 from steadyflow.samplers.deis import DEIS, IPNDM
@@ -29,6 +30,7 @@ __all__ = [
     "GDDIM",
     "IPNDM",
     "RK45",
+    "Consistency",
     "DPMSolver",
     "DPMpp",
     "Euler",
