@@ -33,6 +33,8 @@ NODES = {
     "denoiser": {"_target_": "steadyflow.denoisers.EpsDenoiser"},
 }
 CARD = {"steps": 10, "seed": 3, "git": "abc", "metrics": {"fid": 1.25, "kid": None}, "config": {"lr": 1e-4, "a": [1]}}
+VP = {"_target_": "steadyflow.paths.VariancePreserving"}
+PHOTOGRAPHS = {"_target_": "steadyflow.denoisers.Photographs", "shape": [1, 60000, 60000]}
 
 
 def denoiser() -> NetworkDenoiser:
@@ -215,7 +217,7 @@ def test_other_bytes_are_no_safetensors(saved: Path) -> None:
         ("steadyflow.networks.unet.checkpoint", "steadyflow.networks.unet has no class 'checkpoint'"),
         ("steadyflow.networks.unet.Tensor", "steadyflow.networks.unet has no class 'Tensor'"),
         ("steadyflow.networks.unit.UNet", "_target_ steadyflow.networks.unit.UNet cannot be found"),
-        ("steadyflow.paths.Cosine", "takes no 'attention_resolutions' here"),
+        ("steadyflow.paths.Cosine", "steadyflow.paths.Cosine is no Module"),
     ],
 )
 def test_a_target_names_a_trusted_class_or_nothing_runs(saved: Path, target: str, message: str) -> None:
@@ -271,6 +273,14 @@ def test_a_class_of_ones_own_is_built_when_trusted(
         (
             {"path": {"_target_": "steadyflow.networks.MLP", "dim": 2}},
             "path: steadyflow.networks.MLP is no GaussianPath",
+        ),
+        (
+            {"denoiser": {"_target_": "steadyflow.denoisers.EpsDenoiser", "clock": PHOTOGRAPHS}},
+            "denoiser.clock: steadyflow.denoisers.Photographs is no NetworkDenoiser",  # it takes 14 GB
+        ),
+        (
+            {"path": {"_target_": "steadyflow.diffusions.BDM", "path": VP, "size": 10**5}},
+            "refuses its arguments: need images of a size from 1 to 4096",
         ),
         (
             {"path": {"_target_": "steadyflow.paths.DiscreteVariancePreserving", "steps": 10**12}},

@@ -87,6 +87,7 @@ def test_mixed_times_in_one_batch_are_separate_steps(ring):
         (LogSNR(), {"order": 4, "nfe": 10}, "order must be 1, 2 or 3, got 4"),
         (LogSNR(), {"nfe": 0}, "nfe must be a positive number of calls"),
         ([1.0, 0.0], {"nfe": 5}, "a grid that is a rule"),
+        (LogSNR(), {"steps": 5, "nfe": 10}, "steps = 5 and nfe = 10: choose one; .* set nfe=null"),
         (LogSNR(), {}, "steps must be a positive integer, got None"),
     ],
 )

@@ -33,7 +33,7 @@ def test_it_is_the_likelihood_where_the_chain_reverses_the_noising():
     noise = NoiseSource(0, range(count), (2,), dtype=F64)
     exact = float(torch.distributions.Normal(0.0, 1.0).log_prob(point).sum())
     for steps in (3, 8):
-        bound = VariationalBound(VP, LogSNR(), steps, variance="learned", clip=False)
+        bound = VariationalBound(VP, LogSNR(), steps, variance="learned")  # vectors are not clipped
         tight, loose = (bound(Unit(v), point.expand(count, 2), noise) for v in (1.0, 0.5))
         error = float(tight.std()) / count**0.5
         assert abs(float(tight.mean()) - exact) < 4 * error < 0.1
@@ -86,5 +86,11 @@ def test_mistakes_are_named():
     x = torch.zeros(1, 2, dtype=F64)
     with pytest.raises(ValueError, match="Gaussian predicts no variance; choose variance=small or large"):
         DDPM(VP, LogSNR(), 3, "learned")(Gaussian([0.0, 0.0], 1.0), NoiseSource(0, [0], (2,)), start=x)
-    with pytest.raises(ValueError, match="2 steps or more that end without noise, got 1"):
-        VariationalBound(VP, LogSNR(), 1)
+    for steps, options, message in (
+        (1, {}, "got 1 to 0"),
+        (9, {"zero": False}, r"steps down to sigma = 0, got 9 to 0\.01"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            VariationalBound(VP, LogSNR(**options), steps)
+    with pytest.raises(ValueError, match="clip must be true or false, got 'maybe'"):
+        VariationalBound(VP, LogSNR(), 9, clip="maybe")

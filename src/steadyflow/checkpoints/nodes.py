@@ -57,7 +57,9 @@ def read_yaml(text: str, where: str | Path) -> Any:
     return found
 
 
-def build(node: Any, where: str, trusted: Collection[str] | None = (), **given: Any) -> Any:
+def build(
+    node: Any, where: str, trusted: Collection[str] | None = (), kinds: tuple[type, ...] = (object,), **given: Any
+) -> Any:
     """The object that a node describes: its class called with its other entries and with `given`.
 
     Nodes among the arguments are built too. Only classes are called, and only those defined in the modules (or in
@@ -67,6 +69,7 @@ def build(node: Any, where: str, trusted: Collection[str] | None = (), **given: 
         node: {"_target_": "package.module.Class", argument: plain data or node, ...}.
         where: what an error says first: the file and the key.
         trusted: module prefixes trusted beyond TRUSTED; None trusts every module.
+        kinds: what its class, and those of the nodes inside, must be: known before anything of theirs takes memory.
         given: arguments that are not in the node.
 
     Raises:
@@ -75,6 +78,8 @@ def build(node: Any, where: str, trusted: Collection[str] | None = (), **given: 
     if not isinstance(node, dict) or not isinstance(node.get("_target_"), str):
         raise ValueError(f"{where} must be a mapping with a _target_, got {shown(node)}")
     cls = _resolve(node["_target_"], where, trusted)
+    if not issubclass(cls, kinds):
+        raise ValueError(f"{where}: {node['_target_']} is no {' or '.join(kind.__name__ for kind in kinds)}")
     known = inspect.signature(cls).parameters
     arguments = {}
     for key, value in node.items():
@@ -83,7 +88,7 @@ def build(node: Any, where: str, trusted: Collection[str] | None = (), **given: 
         if key in given or key not in known:
             raise ValueError(f"{where}: {node['_target_']} takes no {shown(repr(key))} here{nearest(str(key), known)}")
         nested = isinstance(value, dict) and "_target_" in value
-        arguments[key] = build(value, f"{where}.{key}", trusted) if nested else value
+        arguments[key] = build(value, f"{where}.{key}", trusted, kinds) if nested else value
     required = {k for k, p in known.items() if p.default is p.empty and p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)}
     if missing := sorted(required - arguments.keys() - given.keys()):
         raise ValueError(f"{where}: {node['_target_']} needs {', '.join(missing)}")

@@ -11,6 +11,8 @@ from steadyflow.diffusions.linear import LinearDiffusion, float64
 from steadyflow.linear.diagonal import CosineBasis
 from steadyflow.paths import GaussianPath, Time
 
+LARGEST = 4096  # side of an image: its basis is a dense matrix
+
 
 class Diagonal(LinearDiffusion):
     """u_t = alpha_f(t) u_0 + sigma(t) eps at frequency f:  F = alpha' / alpha,  G^2 = (sigma^2)' - 2 F sigma^2.
@@ -95,7 +97,7 @@ class BDM(Diagonal):
         floor: what is left of the highest frequencies.
 
     Raises:
-        ValueError: blur_max < 0, a floor outside (0, 1], or, in use, images of another size.
+        ValueError: blur_max < 0, a floor outside (0, 1], a size above 4096, or, in use, images of another size.
     """
 
     def __init__(self, path: GaussianPath, size: int | Sequence[int], blur_max: float = 20.0, floor: float = 0.001):
@@ -104,6 +106,8 @@ class BDM(Diagonal):
         self.path, self.blur_max, self.floor = path, float(blur_max), float(floor)
         h, w = (size, size) if isinstance(size, int) else size
         self.size = (int(h), int(w))
+        if not all(1 <= n <= LARGEST for n in self.size):
+            raise ValueError(f"need images of a size from 1 to {LARGEST}, got {self.size}")
         squares = [(torch.arange(n, dtype=torch.float64) / n) ** 2 for n in self.size]
         self._lambda = math.pi**2 * (squares[0][:, None] + squares[1])
         self._basis = CosineBasis(*self.size)

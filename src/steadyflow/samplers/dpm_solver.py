@@ -36,7 +36,7 @@ class DPMSolver(Sampler):
         nfe: a budget of denoiser calls in place of steps, exact but where the path starts without signal.
 
     Raises:
-        ValueError: another order; nfe < 1, or with a list of times.
+        ValueError: another order; nfe < 1, with steps, or with a list of times.
     """
 
     def __init__(
@@ -51,6 +51,8 @@ class DPMSolver(Sampler):
             raise ValueError(f"order must be 1, 2 or 3, got {order}")
         if nfe is not None and not (isinstance(grid, Grid) and nfe >= 1):
             raise ValueError(f"nfe must be a positive number of calls, on a grid that is a rule; got nfe = {nfe}")
+        if nfe is not None and steps is not None:
+            raise ValueError(f"steps = {steps} and nfe = {nfe}: choose one; for steps of one order set nfe=null")
         orders = spent(nfe, order) if nfe is not None else None
         self.path, self.times = path, time_grid(path, grid, len(orders) if orders else steps)
         if nfe is not None and path(self.times[-1])[1] == 0:

@@ -30,15 +30,16 @@ class VariationalBound:
     ends -1 and 1; of vectors, their density. Its std is the `small` of the step before; `learned` lies between that and
     its `large`.
 
-    Where D is exact and N large it is the likelihood of continuous data. Source: Ho et al. 2020, Eq. 5 and Section 3.3;
-    Nichol & Dhariwal 2021, Eq. 4-7 and 15.
+    With an exact D and all steps short it is the likelihood of images; the density of vectors stays above by the last
+    step's gap. A grid whose last step is long beside the one before, as `LogSNR`'s and `Karras`', makes a poor bound.
+    Source: Ho et al. 2020, Eq. 5 and Section 3.3; Nichol & Dhariwal 2021, Eq. 4-7 and 15.
 
     Args:
         path, grid, steps, variance: as of `DDPM`. All steps of a discrete chain are the grid `Indices` of as many.
-        clip: D to [-1, 1], as images are, which the published numbers do.
+        clip: D of images to [-1, 1], as they are, which the published numbers do.
 
     Raises:
-        ValueError: as `DDPM`; fewer than 2 steps.
+        ValueError: as `DDPM`; fewer than 2 steps, or a last one that ends with noise; clip is no bool.
     """
 
     dequantised = False
@@ -52,9 +53,12 @@ class VariationalBound:
         clip: bool = True,
     ):
         self.chain = DDPM(path, grid, steps, variance)
-        if self.chain.steps < 2 or path(self.chain.times[-1])[1] > 0:
-            raise ValueError(f"the bound needs 2 steps or more that end without noise, got {self.chain.steps}")
-        self.clip = bool(clip)
+        end = float(path(self.chain.times[-1])[1])
+        if self.chain.steps < 2 or end > 0:
+            raise ValueError(f"the bound needs 2 or more steps down to sigma = 0, got {self.chain.steps} to {end:.3g}")
+        if not isinstance(clip, bool):
+            raise ValueError(f"clip must be true or false, got {clip!r}")
+        self.clip = clip
 
     def protocol(self, dimensions: int) -> dict[str, object]:
         """What a number of it depends on."""
@@ -108,7 +112,7 @@ class VariationalBound:
                 mean, math.log(small if self.chain.variance == "small" else large), dtype=torch.float64
             )
         mean = mean.double()
-        return mean.clamp(-1, 1) if self.clip else mean, log_std
+        return mean.clamp(-1, 1) if self.clip and mean.ndim == 4 else mean, log_std
 
 
 def _decoder(x0: Tensor, mean: Tensor, log_std: Tensor) -> Tensor:
