@@ -86,7 +86,9 @@ def test_each_ddp_run_of_a_sweep_is_a_process_of_its_own(tmp_path: Path) -> None
 def test_a_mistake_in_such_a_process_is_told_once(tmp_path: Path) -> None:
     sweep = ["-m", "+trainer.devices=2", "dataset=gaussian_mixture", "dataset.covariances=-1"]
     done = steadyflow(tmp_path, "prepare", *sweep, "hydra.sweep.dir='a=1, b'", code=2)
-    assert done.stderr.startswith("steadyflow prepare: error: each covariance must be symmetric and positive definite")
+    assert done.stderr.startswith(
+        "steadyflow prepare: error: dataset: each covariance must be symmetric and positive definite"
+    )
     assert done.stderr.endswith("(in the run +trainer.devices=2 dataset=gaussian_mixture dataset.covariances=-1)\n")
     assert done.stderr.count("\n") == 1
     assert (tmp_path / "a=1, b" / "0" / ".hydra" / "config.yaml").is_file()

@@ -159,6 +159,9 @@ def test_a_column_s_own_job_and_numbers_relative_to_a_row(
     Path("conf/table/mine.yaml").write_text(f"{text}relative_to: never\n")
     assert table("scale=full") == 0
     assert (rows()["two", "FID"]["state"], rows()["two", "FID"]["note"]) == ("absent", "no number to divide by")
+    Path("conf/table/mine.yaml").write_text(f"{text}relative_to: three\n")  # which has one cell
+    assert table("scale=full") == 0
+    assert (float(rows()["two", "FID"]["ours"]), rows()["two", "x2"]["state"]) == (pytest.approx(2 / 3), "absent")
     Path("conf/table/mine.yaml").write_text(f"{text}relative_to: one\n")
     assert "relative_to says one, and no row is called so" in mistake(capsys, "table=mine")
 

@@ -101,7 +101,9 @@ def run(cfg: DictConfig) -> dict[str, Any] | None:
             found[cell] = states.done(cell, metrics, [str(run.directory) for run in of], stale(of))
     if table.relative_to:
         units = {cell.column: outcome for cell, outcome in found.items() if cell.row == table.relative_to}
-        found = {cell: states.over(outcome, units[cell.column]) for cell, outcome in found.items()}
+        found = {
+            cell: states.over(outcome, units.get(cell.column, Outcome("absent"))) for cell, outcome in found.items()
+        }
     return finish(console, Path(HydraConfig.get().runtime.output_dir) / table.scale, table, found)
 
 

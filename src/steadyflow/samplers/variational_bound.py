@@ -30,8 +30,9 @@ class VariationalBound:
     ends -1 and 1; of vectors, their density. Its std is the `small` of the step before; `learned` lies between that and
     its `large`.
 
-    With an exact D and all steps short it is the likelihood of images; the density of vectors stays above by the last
-    step's gap. A grid whose last step is long beside the one before, as `LogSNR`'s and `Karras`', makes a poor bound.
+    With an exact D, all steps short and little noise before the last it is close to the likelihood of images; the
+    density of vectors keeps the last step's gap. A grid whose last step is long beside the one before, as `LogSNR`'s
+    and `Karras`', makes a poor bound.
     Source: Ho et al. 2020, Eq. 5 and Section 3.3; Nichol & Dhariwal 2021, Eq. 4-7 and 15.
 
     Args:

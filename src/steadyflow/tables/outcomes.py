@@ -68,7 +68,7 @@ def over(outcome: Outcome, unit: Outcome) -> Outcome:
         return outcome
     if unit.value is None:
         return replace(outcome, state="absent", value=None, spread=None, note="no number to divide by")
-    return replace(outcome, value=outcome.value / unit.value, spread=None)
+    return replace(outcome, value=outcome.value / unit.value, spread=None, stale=outcome.stale or unit.stale)
 
 
 def difference(outcome: Outcome, printed: Published) -> float | None:
